@@ -1,0 +1,81 @@
+# make demo | test | lint | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
+#
+# PYTHON   the interpreter to build on. A torch that it already has and that this package supports is
+#          used as it is, for example on a GPU machine; otherwise $(TORCH) is installed.
+# TORCH    what pip installs then. On Linux pip's default torch brings CUDA's libraries along (several
+#          GB); on a machine without a GPU name PyTorch's CPU index:
+#          make test TORCH='torch==2.13.0 --index-url <the CPU index from pytorch.org>'
+# VENV     the virtual environment, made when missing.
+# PYTEST_ARGS  replaces "-n auto", for example PYTEST_ARGS='-k wan -x'.
+#
+# Without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder of wheels> make test
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTEST_ARGS ?= -n auto
+
+# timm requires torchvision, which nothing here uses and which can replace the installed torch; the
+# rest of what it needs comes with transformers. Hence --no-deps, and no extra in pyproject.toml.
+TIMM := timm==1.0.31
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CXX_FOUND := $(shell command -v $(CXX) || command -v c++ || command -v g++ || command -v clang++)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint clean compiler
+
+demo: $(VENV)/.demo compiler
+	$(BIN)/python examples/demo.py
+
+# One thread a worker: pytest runs as many workers as there are cores.
+test: $(VENV)/.test compiler
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+compiler:
+	@test -n "$(CXX_FOUND)" || { echo "No C++ compiler found. Install one (g++ or clang++), or set CXX." >&2; exit 1; }
+
+# The stamps: nothing is installed again unless pyproject.toml changed.
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	$(PIP) --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.torch
+	$(PIP) --editable ".[test]"
+	$(PIP) --no-deps "$(TIMM)"
+	@touch $@
+
+# mypy reads what the tests import, so it needs their packages too.
+$(VENV)/.dev: pyproject.toml $(VENV)/.test
+	$(PIP) --editable ".[test,dev]"
+	@touch $@
+
+# A torch in a virtual environment that PYTHON itself is in is out of --system-site-packages' sight:
+# a .pth file shows it.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than Python 3.10; set PYTHON=<a newer python3>." >&2; exit 1; }
+	@set -e; \
+	site=$$($(PYTHON) tools/supported_torch.py); \
+	test -z "$$site" || echo "Using the torch in $$site"; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $${site:+--system-site-packages} $(VENV) || { \
+	  rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv." >&2; \
+	  exit 1; }; \
+	if test -n "$$site"; then \
+	  packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  echo "$$site" > "$$packages/system-torch.pth"; \
+	else \
+	  $(PIP) $(TORCH); \
+	fi
+	@touch $@

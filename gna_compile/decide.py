@@ -1,0 +1,261 @@
+"""The decision on every attention site: rewritten with these parameters, or dense for this reason.
+
+Sizes may be symbolic. A comparison of a backed symbol installs a guard, so that a shape on the
+other side of it recompiles; nothing here turns a symbol into a number that the graph would keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from gna_compile.geometry import GeometryError, Neighborhood
+from gna_compile.graph.layouts import Declared, Layout, Refusal, TokenFlow, resolve
+from gna_compile.graph.sites import Site
+from gna_compile.policy import LayerFacts, Parameters, Policy, PolicyMismatch, Rule
+from gna_compile.prepare import stamp_of
+from gna_compile.providers import Declined, Problem, choose
+from gna_compile.reasons import Reason
+
+Size = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one site.
+
+    Attributes:
+        site: the attention site.
+        layer: its layer's qualified name, as the policy was asked for it.
+        layout: how its tokens lie, if that is known.
+        rule: index of the rule that matched, if one did.
+        parameters: window, stride, dilation and causal, if the site is rewritten.
+        flop_share: share of dense attention's FLOPs that the mask keeps, if a window applies.
+        provider: name of the provider that will run it, if the site is rewritten.
+        reason: why the site stays dense; None if it is rewritten.
+        detail: the reason in words, with the values that decided.
+    """
+
+    site: Site
+    layer: str
+    layout: Layout | None = None
+    rule: int | None = None
+    parameters: Parameters | None = None
+    flop_share: float | None = None
+    provider: str = ""
+    reason: Reason | None = None
+    detail: str = ""
+
+    @property
+    def is_rewritten(self) -> bool:
+        return self.reason is None
+
+    def same_rewrite(self, other: Decision) -> bool:
+        """Whether both decisions on one site lead to the same graph."""
+        if not (self.is_rewritten and other.is_rewritten):
+            return self.is_rewritten == other.is_rewritten
+        return (self.parameters, self.layout) == (other.parameters, other.layout)
+
+
+class _Dense(Exception):
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail or reason.meaning
+
+
+def decide(
+    site: Site,
+    flow: TokenFlow,
+    policy: Policy | None,
+    phase: str,
+    root: torch.nn.Module | None = None,
+) -> Decision:
+    """Decides on one site in one phase.
+
+    Args:
+        site: the site, as `find_sites` found it.
+        flow: the token flow of the graph that the site is in.
+        policy: the policy given with the compile options; a stamp made by `prepare` overrides it.
+        phase: which of the policy's phases to decide for.
+        root: the module whose method is being compiled, whose submodules may carry stamps.
+    """
+    stamp = _stamp_for(site, root)
+    name = stamp.name if stamp is not None else site.layer
+    classes = stamp.classes if stamp is not None else tuple(m.cls for m in site.modules)
+    facts: dict[str, Any] = {"site": site, "layer": name}
+    try:
+        if site.obstacle is not None:
+            raise _Dense(*site.obstacle)
+        if flow.relation(site) == "cross":
+            raise _Dense(Reason.CROSS_ATTENTION)
+        policy = stamp.policy if stamp is not None else policy
+        if policy is None:
+            raise _Dense(Reason.NO_RULE, "no policy reaches this graph: give one, or call prepare")
+        declared = (stamp.layout if stamp is not None else None) or policy.layout
+        layout = resolve(site, flow, declared)
+        grid = layout.grid if isinstance(layout, Layout) else None
+        rule = policy.rule_for(LayerFacts(name, classes, site.tokens, grid), phase)
+        if rule is None:
+            raise _Dense(Reason.NO_RULE)
+        facts["rule"] = rule.index
+        if rule.dense:
+            raise _Dense(Reason.RULE_DENSE)
+        if rule.layout is not None and (stamp is None or stamp.layout is None):
+            layout = resolve(site, flow, rule.layout)
+        if isinstance(layout, Refusal):
+            raise _Dense(layout.reason, layout.detail)
+        facts["layout"] = layout
+        _check_mask(site, layout, rule)
+        parameters = _parameters(rule, layout)
+        _check_causal(site, layout, parameters)
+        facts["flop_share"] = _check_gain(site, layout, parameters, policy)
+        provider = _provider(site, layout, parameters, policy)
+    except _Dense as dense:
+        return Decision(**facts, reason=dense.reason, detail=dense.detail)
+    return Decision(**facts, parameters=parameters, provider=provider)
+
+
+def _stamp_for(site: Site, root: torch.nn.Module | None) -> Any:
+    if root is None:
+        return None
+    by_id = {id(module): module for module in root.modules()}
+    stack = [id(root), *(ref.id for ref in site.modules)]
+    for identity in reversed(stack):
+        if (stamp := stamp_of(by_id.get(identity))) is not None:
+            return stamp
+    return None
+
+
+def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
+    if site.mask is None:
+        return
+    if rule.key_mask != "global_tokens":
+        raise _Dense(Reason.MASK)
+    if site.form != "sdpa":
+        raise _Dense(Reason.MASK, "the mask of attention written out is an additive bias")
+    mask = site.mask.meta["example_value"]
+    if mask.dtype != torch.bool:
+        raise _Dense(Reason.MASK, f"a key mask is boolean, this one is {mask.dtype}")
+    *outer, last = mask.shape
+    padded = [1] * (4 - mask.ndim) + outer
+    if mask.ndim > 4 or not (bool(last == site.tokens) and all(bool(s == 1) for s in padded[1:])):
+        raise _Dense(
+            Reason.MASK,
+            f"a key mask has shape [batch, 1, 1, {site.tokens}], this one {list(mask.shape)}",
+        )
+    if bool(layout.prefix + layout.suffix == 0):
+        raise _Dense(Reason.MASK, "there are no global tokens that the mask could hide")
+
+
+def _parameters(rule: Rule, layout: Layout) -> Parameters:
+    try:
+        parameters = rule.parameters(layout.grid)
+    except PolicyMismatch as error:
+        raise _Dense(Reason.LAYOUT_MISMATCH, str(error)) from None
+    for axis, (length, window, dilation) in enumerate(
+        zip(layout.grid, parameters.window, parameters.dilation, strict=True)
+    ):
+        if bool(window * dilation > length):
+            span = f"window {window}" + (f" x dilation {dilation}" if dilation != 1 else "")
+            raise _Dense(Reason.WINDOW_EXCEEDS_GRID, f"axis {axis}: {span} > {length} tokens")
+    if not any(parameters.causal) and all(
+        bool(w == n) for w, n in zip(parameters.window, layout.grid, strict=True)
+    ):
+        raise _Dense(Reason.WINDOW_COVERS_GRID)
+    return parameters
+
+
+def _check_causal(site: Site, layout: Layout, parameters: Parameters) -> None:
+    if not site.is_causal:
+        return
+    one_dimensional = len(layout.grid) == 1 and bool(layout.prefix + layout.suffix == 0)
+    if not (one_dimensional and all(parameters.causal)):
+        raise _Dense(Reason.CAUSAL)
+
+
+def _check_gain(
+    site: Site, layout: Layout, parameters: Parameters, policy: Policy
+) -> float | None:
+    if bool(site.tokens < policy.min_tokens):
+        raise _Dense(Reason.TOO_FEW_TOKENS, f"{site.tokens} < min_tokens {policy.min_tokens}")
+    pairs = _visible_pairs(layout, parameters)
+    share = hint(pairs) / hint(site.tokens) ** 2
+    if bool(pairs * policy.min_speedup > site.tokens * site.tokens):
+        raise _Dense(
+            Reason.SLOWDOWN,
+            f"FLOP bound {1 / share:.2f}x is below min_speedup {policy.min_speedup:g}",
+        )
+    return share
+
+
+def _visible_pairs(layout: Layout, parameters: Parameters) -> Size:
+    sizes = (*layout.grid, *parameters.window, *parameters.stride, layout.prefix, layout.suffix)
+    if all(isinstance(size, int) for size in sizes):
+        return _neighborhood(layout, parameters).pairs
+    grid = math.prod(layout.grid)
+    tokens = layout.prefix + grid + layout.suffix
+    return grid * math.prod(parameters.window) + tokens * tokens - grid * grid
+
+
+def _neighborhood(layout: Layout, parameters: Parameters) -> Neighborhood:
+    try:
+        return Neighborhood.of(
+            [hint(size) for size in layout.grid],
+            [hint(size) for size in parameters.window],
+            [hint(size) for size in parameters.stride],
+            [hint(size) for size in parameters.dilation],
+            parameters.causal,
+            hint(layout.prefix),
+            hint(layout.suffix),
+        )
+    except GeometryError as error:
+        raise _Dense(Reason.LAYOUT_MISMATCH, str(error)) from None
+
+
+def _provider(site: Site, layout: Layout, parameters: Parameters, policy: Policy) -> str:
+    assert site.query is not None and site.key is not None and site.value is not None
+    problem = Problem(
+        device=site.device.type,
+        dtype=site.dtype,
+        batch=hint(site.batch),
+        heads=hint(site.heads),
+        kv_heads=hint(site.kv_heads),
+        head_dim=hint(site.head_dim),
+        neighborhood=_neighborhood(layout, parameters),
+        has_key_mask=site.mask is not None,
+        query_strides=_strides(site.query),
+        key_strides=_strides(site.key, transposed=site.key_transposed),
+        value_strides=_strides(site.value),
+    )
+    provider = choose(problem, allow_slow=policy.allow_slow_providers)
+    if isinstance(provider, Declined):
+        reasons = "; ".join(f"{name}: {why}" for name, why in provider.reasons.items())
+        raise _Dense(Reason.NO_FAST_PROVIDER, reasons)
+    return provider.name
+
+
+def _strides(node: torch.fx.Node, transposed: bool = False) -> tuple[int, ...]:
+    tensor = node.meta["example_value"]
+    if transposed:
+        tensor = tensor.transpose(-1, -2)
+    strides = [hint(stride) for stride in tensor.stride()]
+    if len(strides) == 3:
+        strides.insert(1, strides[0])
+    return tuple(strides)
+
+
+def hint(size: Any) -> int:
+    """The size of the example input that a symbol stands for; for reports and choices, not graphs."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def is_unbacked(sizes: Sequence[Size]) -> bool:
+    """Whether any size depends on data."""
+    return any(not isinstance(size, int) and free_unbacked_symbols(size) for size in sizes)
+
+
+__all__ = ["Declared", "Decision", "decide", "hint"]

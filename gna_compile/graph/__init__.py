@@ -1,0 +1,1 @@
+"""Everything that knows FX: finding attention sites, resolving token layouts, rewriting."""

@@ -1,0 +1,307 @@
+"""Replaces decided attention sites by the op, and nothing else.
+
+Before: `scaled_dot_product_attention(q, k, v, ...)`, or matmul, softmax and matmul written out.
+After: `gna.attention.v1(q, k, v, grid, window, ...)[0]`, with the same dtype, shape and memory
+order, the same metadata, and casts where autocast would have cast. Grid sizes that are symbols
+become nodes computed from the graph's own size inputs. Gains what the FLOP share says; needs a
+provider that takes the problem (`decide` asked for one).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
+
+from gna_compile.graph.layouts import Layout
+from gna_compile.graph.sites import Site
+from gna_compile.policy import Parameters
+
+Rewrite = tuple[Site, Layout, Parameters]
+
+
+def rewrite(rewrites: Iterable[Rewrite], *, verify_masks: bool = False) -> None:
+    """Rewrites the sites in place, lints their graphs and recompiles their modules.
+
+    Args:
+        rewrites: site, layout and parameters of each site to replace.
+        verify_masks: assert at run time that a mask declared as hiding global tokens only hides
+            nothing on the grid.
+    """
+    sizes: dict[fx.Graph, SizeNodes] = {}
+    owners: dict[fx.GraphModule, None] = {}
+    for site, layout, parameters in rewrites:
+        graph = site.node.graph
+        if graph not in sizes:
+            sizes[graph] = SizeNodes(graph)
+        _replace(site, layout, parameters, sizes[graph], verify_masks)
+        owners[site.owner] = None
+    for owner in owners:
+        owner.graph.lint()
+        owner.recompile()
+
+
+def _replace(
+    site: Site, layout: Layout, parameters: Parameters, sizes: SizeNodes, verify_masks: bool
+) -> None:
+    import gna_compile.ops  # noqa: F401 - registers the op
+
+    node = site.node
+    original = node.meta["example_value"]
+    assert site.query is not None and site.key is not None and site.value is not None
+    build = _Builder(node)
+    key = site.key
+    if site.key_transposed:
+        key = build.method("transpose", key, -2, -1)
+    operands = [site.query, key, site.value]
+    operands = [
+        operand
+        if operand.meta["example_value"].dtype == site.dtype
+        else build.method("to", operand, site.dtype)
+        for operand in operands
+    ]
+    three_dimensional = original.ndim == 3
+    if three_dimensional:
+        operands = [build.method("unsqueeze", operand, 1) for operand in operands]
+    prefix, suffix = sizes.node_for(layout.prefix), sizes.node_for(layout.suffix)
+    key_mask = None
+    if site.mask is not None:
+        key_mask = _key_mask(build, site, layout, sizes, verify_masks)
+    scale = site.scale if site.scale is not None else site.head_dim**-0.5
+    output_order = memory_order(original)
+    if three_dimensional:
+        output_order = [0 if dim == 0 else dim + 1 for dim in output_order]
+        output_order.insert(output_order.index(0) + 1, 1)
+    pair = build.function(
+        torch.ops.gna.attention.v1,
+        *operands,
+        [sizes.node_for(size) for size in layout.grid],
+        [sizes.node_for(size) for size in parameters.window],
+        [sizes.node_for(size) for size in parameters.stride],
+        [sizes.node_for(size) for size in parameters.dilation],
+        list(parameters.causal),
+        prefix,
+        suffix,
+        key_mask,
+        scale,
+        output_order,
+    )
+    output = build.function(operator.getitem, pair, 0)
+    if three_dimensional:
+        output = build.method("squeeze", output, 1)
+    _require_same_tensor(output.meta["example_value"], original)
+    output.meta["example_value"] = original
+    node.replace_all_uses_with(output)
+    _erase_unused(node)
+
+
+def _key_mask(
+    build: _Builder, site: Site, layout: Layout, sizes: SizeNodes, verify_masks: bool
+) -> fx.Node:
+    """The part of a [batch or 1, 1, 1, tokens] mask that covers the global tokens, [batch, global]."""
+    assert site.mask is not None
+    prefix, suffix = layout.prefix, layout.suffix
+    flat = build.method("reshape", site.mask, -1, sizes.node_for(site.tokens))
+
+    def columns(start: Any, length: Any) -> fx.Node:
+        return build.method("narrow", flat, 1, sizes.node_for(start), sizes.node_for(length))
+
+    parts = []
+    if not _is_zero(prefix):
+        parts.append(columns(0, prefix))
+    if not _is_zero(suffix):
+        parts.append(columns(site.tokens - suffix, suffix))
+    mask = parts[0] if len(parts) == 1 else build.function(torch.cat, parts, 1)
+    if verify_masks:
+        build.function(
+            torch.ops.aten._assert_async.msg,
+            build.method("all", columns(prefix, site.tokens - prefix - suffix)),
+            f"{site.layer or 'an attention layer'}: the policy says `key_mask: global_tokens`, "
+            "but the mask hides tokens of the grid",
+        )
+    return build.method("expand", mask, sizes.node_for(site.batch), -1)
+
+
+def _is_zero(size: Any) -> bool:
+    return isinstance(size, int) and size == 0
+
+
+def memory_order(tensor: torch.Tensor) -> list[int]:
+    """Dimensions of a tensor from outermost to innermost in memory."""
+    strides = [s if isinstance(s, int) else s.node.hint for s in tensor.stride()]
+    return sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim))
+
+
+def _require_same_tensor(new: torch.Tensor, old: torch.Tensor) -> None:
+    same = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
+    if not same:
+        raise AssertionError(
+            f"the rewritten site gives {new.dtype} {list(new.shape)}, "
+            f"the original {old.dtype} {list(old.shape)}"
+        )
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erases a replaced node, and what only it needed, as far as that has no side effect."""
+    pending = [node]
+    while pending:
+        candidate = pending.pop()
+        if candidate.users or candidate._erased or not _is_pure(candidate):
+            continue
+        inputs = candidate.all_input_nodes
+        candidate.graph.erase_node(candidate)
+        pending.extend(inputs)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return not str(node.target).endswith("_")
+    if node.op != "call_function" or node.is_impure():
+        return False
+    name = getattr(node.target, "__name__", "")
+    return node.target is not operator.setitem and not name.endswith("_")
+
+
+class _Builder:
+    """Inserts nodes before a site's node, with its metadata and a computed example value."""
+
+    def __init__(self, site_node: fx.Node) -> None:
+        self.anchor = site_node
+        self.graph = site_node.graph
+
+    def function(self, target: Any, *args: Any) -> fx.Node:
+        with self.graph.inserting_before(self.anchor):
+            return self._finish(self.graph.call_function(target, args))
+
+    def method(self, name: str, *args: Any) -> fx.Node:
+        with self.graph.inserting_before(self.anchor):
+            return self._finish(self.graph.call_method(name, args))
+
+    def _finish(self, node: fx.Node) -> fx.Node:
+        node.meta = {k: v for k, v in self.anchor.meta.items() if k not in _VALUES}
+        node.meta["example_value"] = evaluate(node, self.anchor.meta["example_value"])
+        return node
+
+
+_VALUES = ("example_value", "val", "tensor_dict", "unbacked_bindings")
+
+
+def evaluate(node: fx.Node, like: torch.Tensor) -> Any:
+    """The example value of a new node, from those of its inputs, in the fake mode of `like`."""
+
+    def value(argument: Any) -> Any:
+        return argument.meta["example_value"] if isinstance(argument, fx.Node) else argument
+
+    args = fx.node.map_arg(node.args, value)
+    with like.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:])
+        return node.target(*args)  # type: ignore[operator]
+
+
+class SizeNodes:
+    """Nodes for symbolic sizes, computed from the size symbols that enter a graph.
+
+    Inside the body of a higher-order operator the same symbols are inputs of the body, or sizes of
+    its tensor inputs, so a grid seen in the parent graph can be rebuilt there.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._tracer = fx.proxy.GraphAppendingTracer(graph)
+        self._known: dict[sympy.Expr, fx.Proxy] = {}
+        self._anchor = _first_computation(graph)
+
+    def node_for(self, size: Any) -> Any:
+        """A node whose value is `size`, or `size` itself if it is a plain int.
+
+        Raises:
+            KeyError: if a symbol of the size does not enter the graph.
+        """
+        if isinstance(size, int):
+            return size
+        expr = size.node.expr
+        if expr.is_Integer:
+            return int(expr)
+        if expr not in self._known:
+            with self.graph.inserting_before(self._anchor):
+                for symbol in sorted(expr.free_symbols, key=str):
+                    if symbol not in self._known:
+                        self._known[symbol] = self._input(symbol)
+                before = set(self.graph.nodes)
+                self._known[expr] = sympy_interp(
+                    OptimizedPythonReferenceAnalysis, dict(self._known), expr
+                )
+            for node in self.graph.nodes:
+                if node not in before:
+                    node.meta["example_value"] = _evaluate_size(node)
+        return self._known[expr].node
+
+    def _input(self, symbol: sympy.Symbol) -> fx.Proxy:
+        tensors = []
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                return fx.Proxy(node, self._tracer)
+            if isinstance(value, torch.Tensor):
+                tensors.append((node, value))
+        for node, value in tensors:
+            for dim, length in enumerate(value.shape):
+                if isinstance(length, torch.SymInt) and length.node.expr == symbol:
+                    new = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                    new.meta["example_value"] = length
+                    return fx.Proxy(new, self._tracer)
+        raise KeyError(f"the size {symbol} does not enter this graph")
+
+
+def _first_computation(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op != "placeholder")
+
+
+def _evaluate_size(node: fx.Node) -> Any:
+    args = fx.node.map_arg(
+        node.args, lambda a: a.meta["example_value"] if isinstance(a, fx.Node) else a
+    )
+    return node.target(*args)  # type: ignore[operator]
+
+
+def copy_with_sites(
+    gm: fx.GraphModule, sites: Sequence[Site]
+) -> tuple[fx.GraphModule, list[Site]]:
+    """A copy of `gm` whose graphs can be changed apart from it, and the same sites in the copy.
+
+    Parameters and constants are shared, not copied.
+    """
+    import copy
+    from dataclasses import fields, replace
+
+    shared = {id(t): t for t in (*gm.parameters(), *gm.buffers())}
+    shared |= {id(v): v for m in gm.modules() for v in vars(m).values() if torch.is_tensor(v)}
+    twin = copy.deepcopy(gm, shared)
+    modules = zip(_graph_modules(gm), _graph_modules(twin), strict=True)
+    node_in: dict[fx.Node, fx.Node] = {}
+    module_in: dict[fx.GraphModule, fx.GraphModule] = {}
+    for old, new in modules:
+        module_in[old] = new
+        node_in.update(zip(old.graph.nodes, new.graph.nodes, strict=True))
+    copies = []
+    for site in sites:
+        changes: dict[str, Any] = {
+            field.name: node_in[value]
+            for field in fields(site)
+            if isinstance(value := getattr(site, field.name), fx.Node)
+        }
+        copies.append(replace(site, owner=module_in[site.owner], **changes))
+    return twin, copies
+
+
+def _graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]

@@ -1,0 +1,221 @@
+"""What is known at compile time about the values in a Dynamo graph, without adding guards unasked."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+Size = int | torch.SymInt
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The (fake) tensor that `node` evaluates to, or None if it is no tensor or not recorded."""
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Whether the condition holds for all sizes that the graph serves; adds no guard."""
+    return statically_known_true(condition)
+
+
+def holds(condition: bool | torch.SymBool) -> bool:
+    """Whether the condition holds for these sizes; a guard makes Dynamo recompile for others.
+
+    A condition on data-dependent sizes counts as false.
+    """
+    if isinstance(condition, bool):
+        return condition
+    if free_unbacked_symbols(condition):
+        return statically_known_true(condition)
+    return bool(condition)
+
+
+def same_shape(left: Any, right: Any) -> bool:
+    """Whether two shapes are equal for all sizes that the graph serves; adds no guard."""
+    return len(left) == len(right) and all(
+        is_known(one == other) for one, other in zip(left, right, strict=True)
+    )
+
+
+def is_unbacked(value: torch.Tensor) -> bool:
+    """Whether a size of the tensor depends on data."""
+    return bool(free_unbacked_symbols(value.shape))
+
+
+def number(argument: Any) -> float | None:
+    """The one value of a scalar argument, or None if it has none at compile time.
+
+    A Python number is itself. A float that Dynamo keeps symbolic (an argument or attribute under
+    `dynamic=True`) is pinned: the guard makes another value recompile. A value computed from
+    symbolic sizes is None, since pinning it would pin those sizes.
+    """
+    if isinstance(argument, fx.Node):
+        argument = argument.meta.get("example_value")
+    if isinstance(argument, bool):
+        return None
+    if isinstance(argument, int | float):
+        return float(argument)
+    if not isinstance(argument, torch.SymInt | torch.SymFloat):
+        return None
+    expression = argument.node.expr
+    if expression.is_number:
+        return float(expression)
+    if isinstance(argument, torch.SymFloat) and _is_float_input(expression):
+        return float(argument)
+    return None
+
+
+def constant(argument: Any) -> float | None:
+    """Like `number`, and also the value of a one-element tensor that the graph makes of a literal."""
+    value = number(argument)
+    tensor = tensor_of(argument)
+    if value is not None or tensor is None or tensor.dim() != 0:
+        return value
+    name = operator_name(argument)
+    if name == "full":
+        value = number(argument_of(argument, 1, "fill_value"))
+    elif name in ("tensor", "scalar_tensor"):
+        value = number(argument_of(argument, 0, "data", "s"))
+    elif name == "sqrt":
+        value = constant(argument_of(argument, 0, "input", "self"))
+        value = math.sqrt(value) if value is not None and value >= 0 else None
+    if value is None or tensor.dtype in (torch.float32, torch.float64):
+        return value
+    # A half-precision constant is rounded; take it only where eight bits of mantissa hold it.
+    exact = (math.frexp(value)[0] * 256).is_integer()
+    return value if exact and tensor.dtype in (torch.float16, torch.bfloat16) else None
+
+
+def argument_of(node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
+    """An argument of a call by position or by any of its names, else `default`."""
+    if index < len(node.args):
+        return node.args[index]
+    for name in names:
+        if name in node.kwargs:
+            return node.kwargs[name]
+    return default
+
+
+# Operators whose Python name is not their name in torch, and synonyms: what the rest of this
+# package calls them.
+_NAMES = {
+    "bmm": "matmul",
+    "linalg_matmul": "matmul",
+    "__matmul__": "matmul",
+    "multiply": "mul",
+    "imul": "mul",
+    "__mul__": "mul",
+    "__rmul__": "mul",
+    "true_divide": "div",
+    "divide": "div",
+    "truediv": "div",
+    "itruediv": "div",
+    "__truediv__": "div",
+    "iadd": "add",
+    "__add__": "add",
+    "__radd__": "add",
+    "isub": "sub",
+    "subtract": "sub",
+    "__sub__": "sub",
+    "_softmax": "softmax",
+    "special_softmax": "softmax",
+    "_to_copy": "to",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+}
+_IN_PLACE = frozenset(
+    {
+        operator.setitem,
+        operator.iadd,
+        operator.iand,
+        operator.ifloordiv,
+        operator.ilshift,
+        operator.imatmul,
+        operator.imod,
+        operator.imul,
+        operator.ior,
+        operator.ipow,
+        operator.irshift,
+        operator.isub,
+        operator.itruediv,
+        operator.ixor,
+    }
+)
+
+
+def operator_name(node: fx.Node) -> str:
+    """One name for a torch operator however it is called; "" for anything else.
+
+    A function (`torch.softmax`, `torch.nn.functional.softmax`), a Tensor method, a Python operator
+    and an `aten` overload share their name; so do in-place forms (`add_`), which `written_by`
+    tells apart.
+    """
+    name = ""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            target = target.overloadpacket
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            namespace, _, aten = target._qualified_op_name.partition("::")
+            name = aten if namespace == "aten" else ""
+        elif (getattr(target, "__module__", None) or "").split(".")[0] in (
+            "torch",
+            "_operator",
+            "builtins",
+        ):
+            name = getattr(target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return _NAMES.get(name, name)
+
+
+def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensors that a call changes in place (its first operand, or `out=`); () for most calls."""
+    written: list[Any] = []
+    if node.op == "call_method":
+        name = str(node.target)
+        if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
+            written.append(node.args[0])
+    elif node.op == "call_function":
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            for position, argument in enumerate(target._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written.append(argument_of(node, position, argument.name))
+        else:
+            name = getattr(target, "__name__", "")
+            private = name.startswith("_") or name.endswith("__")
+            if target in _IN_PLACE or (name.endswith("_") and not private):
+                written.append(argument_of(node, 0, "input", "self"))
+    written.append(node.kwargs.get("out"))
+    if node.kwargs.get("inplace") is True:
+        written.append(argument_of(node, 0, "input"))
+    return tuple(item for item in written if isinstance(item, fx.Node))
+
+
+def shares_memory(left: fx.Node, right: fx.Node) -> bool:
+    """Whether writing one of two tensors may change the other; True where that cannot be told."""
+    if left is right:
+        return True
+    one, other = tensor_of(left), tensor_of(right)
+    if one is None or other is None:
+        return True
+    try:
+        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # tensors without a storage: functorch, subclasses
+        return True
+
+
+def _is_float_input(expression: Any) -> bool:
+    return all(symbol_is_type(symbol, SymT.FLOAT) for symbol in expression.free_symbols)

@@ -1,0 +1,516 @@
+"""The op: `torch.ops.gna.attention.v1`, its backward, and how PyTorch sees both.
+
+Defined with `torch.library.Library.define`, which costs about half of `custom_op` per call. The
+overload name is the version of the schema *and* of the autograd formula: compiled graphs are cached
+by the op's name, so a changed formula under an old name would meet cache entries of the old one.
+
+Shapes throughout: query and output [B, H, N, D], key and value [B, Hkv, N, D] with Hkv dividing H,
+logsumexp [B, H, N], key_mask [B, prefix + suffix], N = prefix + product of grid + suffix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gna_compile import flops, providers
+from gna_compile.geometry import Neighborhood
+from gna_compile.providers import Declined, Problem, Provider
+
+_GEOMETRY = (
+    "SymInt[] grid, SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "
+    "SymInt prefix, SymInt suffix, Tensor? key_mask, float scale"
+)
+FORWARD_SCHEMA = (
+    f"attention.v1(Tensor query, Tensor key, Tensor value, {_GEOMETRY}, int[] output_order, "
+    'str provider="") -> (Tensor output, Tensor logsumexp)'
+)
+BACKWARD_SCHEMA = (
+    "attention_backward.v1(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, "
+    f"Tensor value, Tensor output, Tensor logsumexp, {_GEOMETRY}, "
+    'str provider="") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)'
+)
+
+_library = torch.library.Library("gna", "DEF")
+for _schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_FORWARD = torch.ops.gna.attention.v1
+_BACKWARD = torch.ops.gna.attention_backward.v1
+_FORWARD_NAME = "gna::attention.v1"
+_BACKWARD_NAME = "gna::attention_backward.v1"
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Sequence[int],
+    window: Sequence[int],
+    stride: Sequence[int] | None = None,
+    dilation: Sequence[int] | None = None,
+    causal: Sequence[bool] | None = None,
+    prefix: int = 0,
+    suffix: int = 0,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_logsumexp: bool = False,
+    provider: str = "",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Generalized neighbourhood attention over a grid of tokens, with global tokens around it.
+
+    In place of `scaled_dot_product_attention`: the same tensors, and a window instead of a mask.
+
+        >>> q = k = v = torch.randn(1, 12, 8 * 24 * 32, 64)
+        >>> out = neighborhood_attention(q, k, v, grid=(8, 24, 32), window=(4, 12, 16))
+        >>> out.shape
+        torch.Size([1, 12, 6144, 64])
+
+    Tokens lie as `prefix` global tokens, the grid in raster order (last axis fastest), `suffix`
+    global tokens: N = prefix + product of grid + suffix. A global token sees all tokens and all
+    tokens see it. Everything per axis has one entry for each of the grid's one to three axes.
+
+    Args:
+        query: [B, H, N, D], fp32, fp16, bf16 or fp64, any strides.
+        key: [B, Hkv, N, D], Hkv dividing H (grouped-query heads), dtype and device of query.
+        value: like key.
+        grid: tokens along each axis.
+        window: keys that a query sees along each axis; window * dilation <= grid.
+        stride: queries that share one window; 1 <= stride <= window. Default 1 everywhere.
+        dilation: step between the keys of one window. Default 1 everywhere.
+        causal: whether an axis hides later keys from earlier queries. Default: no axis does.
+        prefix: global tokens before the grid.
+        suffix: global tokens after the grid.
+        key_mask: bool [B, prefix + suffix], False where a global key is hidden (padding).
+        scale: of the logits before the softmax. Default 1 / sqrt(D).
+        return_logsumexp: also return the logsumexp of each row's logits.
+        provider: name of the implementation to use; "" takes the best one that can.
+
+    Returns:
+        output, shaped and typed like query, in the memory order of heads and tokens that query
+        has; with `return_logsumexp` the pair (output, logsumexp), logsumexp natural, fp32 (fp64
+        for fp64), [B, H, N]. Both are differentiable, once.
+
+    Raises:
+        ValueError: an argument breaks one of these rules; the message names it and its value.
+        RuntimeError: no provider, or not the named one, can run this; with each one's reason.
+    """
+    if query.ndim != 4:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it must be [B, H, N, D]")
+    rank = len(grid)
+    # A transposed [B, N, H, D] stays one, so that a model's transpose back costs nothing.
+    order = [0, 2, 1, 3] if query.stride(1) < query.stride(2) else [0, 1, 2, 3]
+    output, logsumexp = _FORWARD(
+        query,
+        key,
+        value,
+        list(grid),
+        list(window),
+        [1] * rank if stride is None else list(stride),
+        [1] * rank if dilation is None else list(dilation),
+        [False] * rank if causal is None else list(causal),
+        prefix,
+        suffix,
+        key_mask,
+        query.shape[3] ** -0.5 if scale is None else scale,
+        order,
+        provider,
+    )
+    return (output, logsumexp) if return_logsumexp else output
+
+
+# The real implementations, for every device ------------------------------------------------------
+
+# Inside a provider there is neither autograd nor autocast: the op is one step for both, and the
+# backward must compute in its own types even when it is called within an autocast block.
+_AUTOCAST_KEYS = {
+    "cpu": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
+    "cuda": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
+}
+_ALL_AUTOCAST = _AUTOCAST_KEYS["cpu"] | _AUTOCAST_KEYS["cuda"]
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: list[int],
+    window: list[int],
+    stride: list[int],
+    dilation: list[int],
+    causal: list[bool],
+    prefix: int,
+    suffix: int,
+    key_mask: Tensor | None,
+    scale: float,
+    output_order: list[int],
+    provider: str = "",
+) -> tuple[Tensor, Tensor]:
+    geometry = (grid, window, stride, dilation, causal, prefix, suffix)
+    _check_tensors(query, key, value, key_mask, prefix, suffix)
+    problem, chosen = _resolve(query, key, value, geometry, key_mask, provider)
+    output, logsumexp = _empty_outputs(query, output_order)
+    if output.numel():
+        with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
+            chosen.forward(problem, query, key, value, key_mask, scale, output, logsumexp)
+    return output, logsumexp
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    grid: list[int],
+    window: list[int],
+    stride: list[int],
+    dilation: list[int],
+    causal: list[bool],
+    prefix: int,
+    suffix: int,
+    key_mask: Tensor | None,
+    scale: float,
+    provider: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = (grid, window, stride, dilation, causal, prefix, suffix)
+    _check_tensors(query, key, value, key_mask, prefix, suffix)
+    _check_results(query, grad_output, grad_logsumexp, output, logsumexp)
+    problem, chosen = _resolve(query, key, value, geometry, key_mask, provider)
+    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    if not query.numel():
+        # Without query heads there still are key heads, which nothing flows back to.
+        return grads[0], grads[1].zero_(), grads[2].zero_()
+    with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
+        chosen.backward(
+            problem,
+            grad_output,
+            grad_logsumexp,
+            query,
+            key,
+            value,
+            output,
+            logsumexp,
+            key_mask,
+            scale,
+            *grads,
+        )
+    return grads
+
+
+def _without_autocast() -> Any:
+    return torch._C._ExcludeDispatchKeyGuard(_ALL_AUTOCAST)
+
+
+def _resolve(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: tuple[Any, ...],
+    key_mask: Tensor | None,
+    provider: str,
+) -> tuple[Problem, Provider]:
+    """The problem and who runs it, remembered for each set of shapes and strides."""
+    grid, window, stride, dilation, causal, prefix, suffix = geometry
+    return _resolve_cached(
+        query.device.type,
+        query.dtype,
+        tuple(query.shape),
+        key.shape[1],
+        (tuple(grid), tuple(window), tuple(stride), tuple(dilation), tuple(causal), prefix, suffix),
+        key_mask is not None,
+        (query.stride(), key.stride(), value.stride()),
+        provider,
+        tuple(providers.PROVIDERS),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _resolve_cached(
+    device: str,
+    dtype: torch.dtype,
+    query_shape: tuple[int, int, int, int],
+    kv_heads: int,
+    geometry: tuple[Any, ...],
+    has_key_mask: bool,
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    provider: str,
+    _providers: tuple[Provider, ...],
+) -> tuple[Problem, Provider]:
+    batch, heads, tokens, head_dim = query_shape
+    neighborhood = _neighborhood(geometry, tokens)
+    problem = Problem(
+        device, dtype, batch, heads, kv_heads, head_dim, neighborhood, has_key_mask, *strides
+    )
+    chosen = providers.choose(problem, name=provider)
+    if isinstance(chosen, Declined):
+        who = f"provider {provider!r} cannot" if provider else "no provider can"
+        raise RuntimeError(f"{who} run this attention ({chosen}); {problem}")
+    return problem, chosen
+
+
+# What the tensors must be like -------------------------------------------------------------------
+
+
+def _neighborhood(geometry: tuple[Any, ...], tokens: int) -> Neighborhood:
+    neighborhood = Neighborhood.of(*geometry)
+    if neighborhood.tokens != tokens:
+        raise ValueError(
+            f"query has {tokens} tokens, but prefix {neighborhood.prefix} + grid "
+            f"{neighborhood.grid} + suffix {neighborhood.suffix} makes {neighborhood.tokens}; "
+            "pass the grid that the tokens lie on"
+        )
+    return neighborhood
+
+
+def _check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, prefix: Any, suffix: Any
+) -> None:
+    """Raises ValueError; compares plain ints only, so that no symbol gets a guard."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; it must be [batch, heads, tokens, "
+                "head_dim]"
+            )
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on "
+                f"{query.device}; dtype and device must be the same: convert one of them"
+            )
+    if not query.dtype.is_floating_point:
+        raise ValueError(f"query is {query.dtype}; it must be a floating-point type")
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads = key.shape[1]
+    wanted = (batch, kv_heads, tokens, head_dim)
+    for name, tensor in (("key", key), ("value", value)):
+        if any(map(_differ, tensor.shape, wanted)):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} for a query of {tuple(query.shape)}; it "
+                f"must be {wanted}"
+            )
+    if _differ(head_dim, 0) is False and isinstance(head_dim, int):
+        raise ValueError("head_dim is 0; it must be at least 1")
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        if (heads == 0) != (kv_heads == 0) or (kv_heads and heads % kv_heads):
+            raise ValueError(
+                f"query has {heads} heads and key {kv_heads}; key's must divide query's"
+            )
+    if key_mask is None:
+        return
+    if key_mask.dtype != torch.bool or key_mask.device != query.device:
+        raise ValueError(
+            f"key_mask is {key_mask.dtype} on {key_mask.device}; it must be torch.bool on "
+            f"{query.device}, True where a global key is visible"
+        )
+    if key_mask.ndim != 2 or any(map(_differ, key_mask.shape, (batch, prefix + suffix))):
+        raise ValueError(
+            f"key_mask has shape {tuple(key_mask.shape)}; it must be [batch, prefix + suffix] = "
+            f"[{batch}, {prefix + suffix}]: it covers the global tokens only"
+        )
+
+
+def _check_results(
+    query: Tensor,
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+) -> None:
+    """Raises ValueError unless the backward's other inputs fit the query."""
+    accurate = _logsumexp_dtype(query)
+    expected = [
+        ("grad_output", grad_output, query.shape, query.dtype),
+        ("output", output, query.shape, query.dtype),
+        ("logsumexp", logsumexp, query.shape[:3], accurate),
+    ]
+    if grad_logsumexp is not None:
+        expected.append(("grad_logsumexp", grad_logsumexp, query.shape[:3], accurate))
+    for name, tensor, shape, dtype in expected:
+        fits = tensor.ndim == len(shape) and not any(map(_differ, tensor.shape, shape))
+        if not fits or tensor.dtype != dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be "
+                f"{dtype} {tuple(shape)} on {query.device}"
+            )
+
+
+def _differ(size: Any, wanted: Any) -> bool:
+    """Whether two sizes are known to differ."""
+    return isinstance(size, int) and isinstance(wanted, int) and size != wanted
+
+
+def _logsumexp_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _empty_outputs(query: Tensor, output_order: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Output, dense in memory with its dimensions in this order, outermost first; logsumexp."""
+    if sorted(output_order) != [0, 1, 2, 3]:
+        raise ValueError(
+            f"output_order {list(output_order)} must be a permutation of 0, 1, 2, 3: the "
+            "dimensions of the output, outermost in memory first"
+        )
+    inverse = [output_order.index(dim) for dim in range(4)]
+    output = query.new_empty([query.shape[dim] for dim in output_order]).permute(inverse)
+    return output, query.new_empty(query.shape[:3], dtype=_logsumexp_dtype(query))
+
+
+# How PyTorch sees the ops ------------------------------------------------------------------------
+
+
+def _forward_fake(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    grid,
+    window,
+    stride,
+    dilation,
+    causal,
+    prefix,
+    suffix,
+    key_mask,
+    scale,
+    output_order,
+    provider="",
+):
+    geometry = (grid, window, stride, dilation, causal, prefix, suffix)
+    _check_tensors(query, key, value, key_mask, prefix, suffix)
+    _check_geometry_if_known(query, geometry)
+    return _empty_outputs(query, output_order)
+
+
+def _backward_fake(  # type: ignore[no-untyped-def]
+    grad_output,
+    grad_logsumexp,
+    query,
+    key,
+    value,
+    output,
+    logsumexp,
+    grid,
+    window,
+    stride,
+    dilation,
+    causal,
+    prefix,
+    suffix,
+    key_mask,
+    scale,
+    provider="",
+):
+    _check_tensors(query, key, value, key_mask, prefix, suffix)
+    _check_results(query, grad_output, grad_logsumexp, output, logsumexp)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _check_geometry_if_known(query: Tensor, geometry: tuple[Any, ...]) -> None:
+    grid, window, stride, dilation, _, prefix, suffix = geometry
+    sizes = [query.shape[2], *grid, *window, *stride, *dilation, prefix, suffix]
+    if all(isinstance(size, int) for size in sizes):
+        _neighborhood(geometry, query.shape[2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *geometry, key_mask, scale, _, provider = inputs
+    ctx.save_for_backward(query, key, value, *output, key_mask)
+    ctx.rest = (geometry, scale, provider)
+    # An unused logsumexp then costs nothing.
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None) -> Any:
+    nothing = (None,) * 11
+    if grad_output is None and grad_logsumexp is None:
+        return (None, None, None, *nothing)
+    query, key, value, output, logsumexp, key_mask = ctx.saved_tensors
+    geometry, scale, provider = ctx.rest
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    grads = _BACKWARD(
+        grad_output,
+        grad_logsumexp,
+        query,
+        key,
+        value,
+        output,
+        logsumexp,
+        *geometry,
+        key_mask,
+        scale,
+        provider,
+    )
+    needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
+    return (*needed, *nothing)
+
+
+def _second_gradient(ctx: Any, *grads: Tensor) -> Any:
+    raise NotImplementedError(
+        "gna::attention can be differentiated once; for second derivatives use the dense attention"
+    )
+
+
+def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Casts query, key and value as `scaled_dot_product_attention` does under autocast."""
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(tensor: Tensor) -> Tensor:
+            casts = (
+                tensor.is_floating_point()
+                and tensor.dtype != torch.float64
+                and tensor.device.type == device
+            )
+            return tensor.to(dtype) if casts else tensor
+
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS[device]):
+            result: tuple[Tensor, Tensor] = _FORWARD(cast(query), cast(key), cast(value), *rest)
+            return result
+
+    return kernel
+
+
+def _vmap_rule(op: Any) -> Callable[..., Any]:
+    """Folds the mapped dimension into the batch, which every tensor of both ops has first."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        def fold(arg: Any, dim: Any) -> Any:
+            if not isinstance(arg, Tensor):
+                return arg
+            if dim is None:
+                mapped = arg.unsqueeze(0).expand(info.batch_size, *arg.shape)
+            else:
+                mapped = arg.movedim(dim, 0)
+            return mapped.flatten(0, 1)
+
+        folded = [fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
+        results = op(*folded)
+        batch = next(arg for arg in folded if isinstance(arg, Tensor)).shape[0] // info.batch_size
+        unfolded = tuple(result.unflatten(0, (info.batch_size, batch)) for result in results)
+        return unfolded, (0,) * len(unfolded)
+
+    return rule
+
+
+_library.impl(_FORWARD_NAME, _forward, "CompositeExplicitAutograd")
+_library.impl(_BACKWARD_NAME, _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(_FORWARD_NAME, _forward_fake, lib=_library)
+torch.library.register_fake(_BACKWARD_NAME, _backward_fake, lib=_library)
+torch.library.register_autograd(
+    _FORWARD_NAME, _gradient, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(_BACKWARD_NAME, _second_gradient, lib=_library)
+torch.library.register_vmap(_FORWARD_NAME, _vmap_rule(_FORWARD), lib=_library)
+torch.library.register_vmap(_BACKWARD_NAME, _vmap_rule(_BACKWARD), lib=_library)
+_library.impl(_FORWARD_NAME, _autocast("cpu"), "AutocastCPU")
+_library.impl(_FORWARD_NAME, _autocast("cuda"), "AutocastCUDA")
+flops.register()

@@ -1,0 +1,99 @@
+"""Packed latents: a graph built for one grid must never run on another with as many tokens.
+
+FLUX-like models flatten their latents before the transformer sees them. The grid is visible only
+in the values of the position ids, and Dynamo does not guard on values. So the grid is read from the
+ids when the graph is compiled, and again, once per new ids tensor, before the graph runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gna_compile.graph.layouts import Layout, grid_from_ids
+from gna_compile.lower import Lowered
+from gna_compile.prepare import SeenTensor, restamp, stamp_of
+
+log = logging.getLogger("gna_compile")
+
+IdsCheck = tuple[int, tuple[int, ...]]
+"""Position of an ids tensor among a graph's inputs, and the grid that its values must show."""
+
+
+def ids_checks(gm: fx.GraphModule, layouts: Sequence[Layout]) -> tuple[IdsCheck, ...]:
+    """What must hold of the inputs of `gm` for these layouts to be true."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    checks = {(placeholders.index(x.ids), x.grid) for x in layouts if x.ids is not None}
+    return tuple(sorted(checks))
+
+
+class CheckedAgainstIds:
+    """Runs the rewritten graph while the ids show its grid, and the dense one when they do not.
+
+    Args:
+        rewritten: the lowered, rewritten graph.
+        dense: gives the lowered dense graph; asked for at the first mismatch, with the inputs.
+        checks: from `ids_checks`.
+        root: the compiled module. If `prepare` stamped it, a mismatch re-stamps it, so that
+            the next call recompiles for the new grid.
+    """
+
+    def __init__(
+        self,
+        rewritten: Lowered,
+        dense: Callable[[Sequence[Any]], Lowered],
+        checks: Sequence[IdsCheck],
+        root: nn.Module | None,
+    ) -> None:
+        self._rewritten, self._dense, self._checks = rewritten, dense, checks
+        self._root = weakref.ref(root) if root is not None else lambda: None
+        self._seen: dict[int, SeenTensor] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        for index, grid in self._checks:
+            if not self._holds(index, grid, inputs[index]):
+                return self._dense(inputs)(*inputs)
+        return self._rewritten(*inputs)
+
+    def _holds(self, index: int, grid: tuple[int, ...], ids: torch.Tensor) -> bool:
+        seen = self._seen.get(index)
+        if seen is not None and seen.is_same(ids):
+            return True
+        shown = grid_from_ids(ids)
+        if shown == grid:
+            self._seen[index] = SeenTensor(ids)
+            return True
+        root = self._root()
+        prepared = root is not None and any(stamp_of(m) is not None for m in root.modules())
+        if prepared and root is not None:
+            restamp(root, shown)
+        log.warning(
+            "position ids show the grid %s, this graph was built for %s: running dense%s",
+            shown,
+            grid,
+            ", the next call recompiles"
+            if prepared
+            else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
+            "when the grid changes",
+        )
+        return False
+
+
+def dense_when_needed(
+    module: fx.GraphModule, lowered: Callable[[fx.GraphModule, Sequence[Any]], Lowered]
+) -> Callable[[Sequence[Any]], Lowered]:
+    """Lowers `module` when it is first asked for; a static graph may wait until then."""
+    cache: list[Lowered] = []
+
+    @torch.compiler.disable
+    def get(inputs: Sequence[Any]) -> Lowered:
+        if not cache:
+            cache.append(lowered(module, inputs))
+        return cache[0]
+
+    return get

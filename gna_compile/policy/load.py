@@ -1,0 +1,250 @@
+"""Loading a policy: by shipped name, by path or from a dict, once per process and file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gna_compile.policy.conflicts import conflicts
+from gna_compile.policy.document import Document, KeyPath, read_mapping, read_yaml
+from gna_compile.policy.errors import PolicyError
+from gna_compile.policy.rules import DeclaredLayout, Phase, Policy, Rule
+
+if TYPE_CHECKING:  # pydantic takes a tenth of a second to import: only when a policy is loaded
+    from pydantic import BaseModel, ValidationError
+
+    from gna_compile.policy.schema import LayoutEntry, PolicyFile
+
+_SUFFIXES = (".yaml", ".yml")
+_loaded: dict[str, Policy] = {}
+_lock = threading.Lock()
+
+
+def load_policy(source: str | os.PathLike[str] | Mapping[str, Any] | Policy) -> Policy:
+    """The policy that `source` names.
+
+    Args:
+        source: name of a shipped policy (`hunyuan-video-720p`), path of a `.yaml` or `.yml` file,
+            the same content as a dict, or a policy that is loaded already.
+
+    A file is read once per process: later calls return the same object, whatever became of the
+    file, until `clear_cache()`.
+
+    Raises:
+        PolicyError: if there is no such policy, or it is not valid; lists all problems found.
+    """
+    if isinstance(source, Policy):
+        return source
+    if isinstance(source, Mapping):
+        return _build(read_mapping(source), name="inline", source=None)
+    if not isinstance(source, (str, os.PathLike)):
+        raise PolicyError([f"a policy is a name, a path or a dict, not {type(source).__name__}"])
+    path = _locate(source)
+    with _lock:
+        key = str(path)
+        if key not in _loaded:
+            _loaded[key] = _build(read_yaml(_read(path), key), name=path.stem, source=key)
+        return _loaded[key]
+
+
+def clear_cache() -> None:
+    """Forgets the files read so far, so that changed ones are read again."""
+    with _lock:
+        _loaded.clear()
+
+
+def shipped_policies() -> tuple[str, ...]:
+    """Names of the policies that come with the package, sorted."""
+    return tuple(sorted(_shipped()))
+
+
+def policy_text(source: str | os.PathLike[str]) -> str:
+    """The text of a policy file, comments included, by shipped name or by path.
+
+    Raises:
+        PolicyError: if there is no such policy, or it is not UTF-8 text.
+    """
+    return _read(_locate(source))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a policy file, for editors."""
+    from gna_compile.policy.schema import json_schema as generate
+
+    return generate()
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> dict[str, Path]:
+    folder = Path(str(resources.files("gna_compile"))) / "policies"
+    return {path.stem: path for path in folder.iterdir() if path.suffix in _SUFFIXES}
+
+
+def _locate(source: str | os.PathLike[str]) -> Path:
+    text = os.fspath(source)
+    if not isinstance(source, str) or text.endswith(_SUFFIXES) or os.path.basename(text) != text:
+        return Path(text).expanduser().absolute()
+    if text in _shipped():
+        return _shipped()[text]
+    names = ", ".join(shipped_policies())
+    near = difflib.get_close_matches(text, _shipped(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {names}."
+    raise PolicyError(
+        [f"no policy named {text!r} is shipped{hint} A path must end in .yaml or .yml"]
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PolicyError([f"{path}: cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError as error:
+        raise PolicyError(
+            [f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]
+        ) from None
+
+
+def _build(document: Document, name: str, source: str | None) -> Policy:
+    file = _validate(document)
+    rules = tuple(_rule(file, index, document) for index in range(len(file.rules)))
+    for path, text in conflicts(file, rules):
+        document.problem(path, text)
+    document.raise_problems()
+    return Policy(
+        name=file.name or name,
+        fingerprint=_fingerprint(file),
+        rules=rules,
+        phase_steps=tuple(
+            Phase(phase, steps.first, steps.of) if steps else Phase(phase)
+            for phase, steps in file.phases.items()
+        ),
+        source=source,
+        min_tokens=file.min_tokens,
+        min_speedup=file.min_speedup,
+        allow_slow_providers=file.allow_slow_providers,
+        layout=_layout(file.layout),
+        global_tokens=file.global_tokens,
+        key_mask=file.key_mask,
+    )
+
+
+def _fingerprint(file: PolicyFile) -> str:
+    content = file.model_dump(exclude={"name"})
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _layout(entry: LayoutEntry | None) -> DeclaredLayout | None:
+    return None if entry is None else DeclaredLayout(entry.grid, entry.prefix, entry.suffix)
+
+
+def _rule(file: PolicyFile, index: int, document: Document) -> Rule:
+    entry = file.rules[index]
+    key_mask = entry.key_mask or file.key_mask
+    return Rule(
+        index=index,
+        where=document.place(("rules", index)),
+        layers=entry.layers or (),
+        indices=entry.index or (),
+        modules=entry.module or (),
+        min_tokens=entry.tokens.min if entry.tokens else None,
+        max_tokens=entry.tokens.max if entry.tokens else None,
+        grid_rank=entry.grid_rank,
+        phases=entry.phases or (),
+        dense=entry.dense is not None,
+        window=entry.window,
+        stride=1 if entry.stride is None else entry.stride,
+        dilation=1 if entry.dilation is None else entry.dilation,
+        causal=False if entry.causal is None else entry.causal,
+        base_grid=entry.base_grid,
+        layout=_layout(entry.layout or file.layout),
+        global_tokens=entry.global_tokens or file.global_tokens,
+        key_mask=None if key_mask == "none" else key_mask,
+    )
+
+
+def _validate(document: Document) -> PolicyFile:
+    """Types and values, key by key."""
+    from pydantic import ValidationError
+
+    from gna_compile.policy.schema import PolicyFile
+
+    if not isinstance(document.tree, dict):
+        document.problem((), "must be keys and values; start it with `version: 1` and `rules:`")
+        document.raise_problems()
+    for path in _empty(document.tree):
+        document.problem(path, "has no value; give one or remove the key")
+    document.raise_problems()
+    try:
+        return PolicyFile.model_validate(document.tree)
+    except ValidationError as error:
+        _report(error, document)
+    document.raise_problems()
+    raise AssertionError("a validation error has at least one line")
+
+
+def _empty(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Key paths of nulls; only a phase may have none."""
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, child in items:
+        if child is None and path != ("phases",):
+            yield (*path, key)
+        else:
+            yield from _empty(child, (*path, key))
+
+
+def _report(error: ValidationError, document: Document) -> None:
+    for line in error.errors(include_url=False):
+        path, kind = tuple(line["loc"]), line["type"]
+        value = repr(line["input"])
+        value = value if len(value) <= 60 else value[:57] + "..."
+        if kind == "extra_forbidden":
+            known = _known_keys(path)
+            near = difflib.get_close_matches(str(path[-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
+            document.problem(path, f"is not a key of a policy; {hint}")
+        elif kind == "missing":
+            document.problem(
+                path, "is missing" + ("; write `version: 1`" if path == ("version",) else "")
+            )
+        elif kind == "too_short":
+            document.problem(path, "is empty; add at least one")
+        elif kind == "policy":
+            document.problem(path, line["msg"])
+        elif kind in ("model_type", "model_attributes_type", "dict_type"):
+            document.problem(path, f"{value} must be keys and values")
+        else:
+            text = line["msg"].removeprefix("Input ").removeprefix("should be ")
+            document.problem(
+                path, f"{value} should be {text}" if text != line["msg"] else f"{value}: {text}"
+            )
+
+
+def _known_keys(path: KeyPath) -> list[str]:
+    from gna_compile.policy import schema
+
+    model: type[BaseModel] = schema.PolicyFile
+    if path[0] == "phases":
+        model = schema.Steps
+    elif path[-2:-1] == ("layout",):
+        model = schema.LayoutEntry
+    elif path[-2:-1] == ("tokens",):
+        model = schema.TokenRange
+    elif len(path) > 1:
+        model = schema.RuleEntry
+    return list(model.model_fields)

@@ -1,0 +1,232 @@
+"""`prepare`: makes policy and token layout part of what Dynamo guards on.
+
+`torch.compile` erases layer names when it compiles block by block, and it never looks at the values
+of a tensor. So each attention module gets a `Stamp`, and a forward pre-hook reads the stamp's key
+while it is traced: Dynamo then guards on the key, layers with different rules get different graphs,
+and layers with the same rule share one.
+
+Models whose latents are packed (FLUX) show their grid only in the values of `img_ids`. For them
+`prepare` also hooks the model itself: outside of any graph, the hook reads a new `img_ids` tensor
+once and re-stamps the layers when the grid has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import re
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from gna_compile.graph.layouts import Declared, grid_from_ids
+from gna_compile.policy import Policy, load_policy
+
+log = logging.getLogger("gna_compile")
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+KEY = "_gna_key"
+_STAMP = "_gna_stamp"
+_IDS = "img_ids"
+_LOOKS_LIKE_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_PROJECTIONS = {"to_q", "to_qkv", "q_proj", "qkv", "query", "q", "wq", "Wqkv", "in_proj"}
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What `prepare` knows about one attention module.
+
+    Attributes:
+        policy: the policy it was prepared with.
+        name: its qualified name in the prepared model.
+        layout: the declared layout of its tokens, if any.
+    """
+
+    policy: Policy
+    name: str
+    classes: tuple[str, ...]
+    layout: Declared | None
+
+    @property
+    def key(self) -> str:
+        """Equal for layers that the policy treats alike whatever their tokens are."""
+        rules = self.policy.signature(self.name, self.classes)
+        parts = (self.policy.fingerprint, rules, self.layout)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def prepare(
+    model: ModuleT,
+    policy: str | PathLike[str] | Mapping[str, Any] | Policy,
+    layout: Mapping[str, Any] | Declared | None = None,
+) -> ModuleT:
+    """Stamps the attention modules of `model`, in place, and returns it.
+
+    Needed for regional compilation (`model.compile_repeated_blocks(backend="gna")`,
+    `block.compile(backend="gna")`) and for packed latents; allowed everywhere. A prepared model
+    needs no `policy` option, so `torch.compile(model, backend="gna", mode=...)` works too. Call
+    it again to change policy or layout: layers whose rule or layout changed are recompiled.
+
+    The stamps are plain attributes and the hooks plain functions: `pickle`, `copy.deepcopy` and
+    `state_dict` work as before, and `unprepare` removes everything.
+
+    Args:
+        model: any module; its parameters are not touched.
+        policy: a shipped policy's name, a path, a dict, or a loaded `Policy`.
+        layout: how the tokens lie on the grid, as a policy's `layout` key has it; overrides it.
+
+    Raises:
+        PolicyError: if the policy or the layout is malformed.
+    """
+    policy = load_policy(policy)
+    declared = Declared.parse(layout) if layout is not None else None
+    unprepare(model)
+    for name, module, classes in _attention_modules(model):
+        _stamp(module, Stamp(policy, name, classes, declared))
+        module.register_forward_pre_hook(_read_key)
+    if declared is None and _IDS in inspect.signature(model.forward).parameters:
+        model.register_forward_pre_hook(_follow_ids, with_kwargs=True)
+    _warn_of_recompile_limit(model)
+    return model
+
+
+def unprepare(model: ModuleT) -> ModuleT:
+    """Removes every stamp and hook that `prepare` put on `model`, in place, and returns it."""
+    for module in model.modules():
+        module.__dict__.pop(_STAMP, None)
+        module.__dict__.pop(KEY, None)
+        module.__dict__.pop(_SEEN, None)
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if hook in (_read_key, _follow_ids):
+                del module._forward_pre_hooks[handle]
+                module._forward_pre_hooks_with_kwargs.pop(handle, None)
+    return model
+
+
+def stamp_of(module: nn.Module | None) -> Stamp | None:
+    """The stamp on `module`, if it has one."""
+    return None if module is None else module.__dict__.get(_STAMP)
+
+
+def _stamp(module: nn.Module, stamp: Stamp) -> None:
+    module.__dict__[_STAMP] = stamp
+    module.__dict__[KEY] = stamp.key
+
+
+def _read_key(module: nn.Module, args: Any) -> None:
+    # The comparison is what makes Dynamo guard on the value.
+    if module.__dict__[KEY] == "":
+        raise AssertionError("a stamped module has a key")
+
+
+_SEEN = "_gna_seen_ids"
+
+
+@torch.compiler.disable
+def _follow_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Re-stamps the layers when the position ids of packed latents show another grid."""
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    ids = bound.arguments.get(_IDS)
+    if not isinstance(ids, torch.Tensor):
+        return
+    seen = module.__dict__.get(_SEEN)
+    if seen is not None and seen.is_same(ids):
+        return
+    restamp(module, grid_from_ids(ids))
+    module.__dict__[_SEEN] = SeenTensor(ids)
+
+
+@torch.compiler.substitute_in_graph(_follow_ids, skip_signature_check=True)  # type: ignore[arg-type]
+def _follow_ids_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
+    """Inside a larger graph nothing can be read; the backend's own check then guards the grid."""
+    return None
+
+
+def restamp(model: nn.Module, grid: tuple[int, ...] | None) -> None:
+    """Gives every stamped layer of `model` this grid, so that Dynamo's guards see the change."""
+    layout = None if grid is None else Declared(grid=grid)
+    for module in model.modules():
+        stamp = stamp_of(module)
+        if stamp is not None and stamp.layout != layout:
+            _stamp(module, replace(stamp, layout=layout))
+
+
+class SeenTensor:
+    """Remembers one tensor by identity and version, without keeping it alive."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._version = _version(tensor)
+
+    def is_same(self, tensor: torch.Tensor) -> bool:
+        version = _version(tensor)
+        return version is not None and self._tensor() is tensor and self._version == version
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    # An inference tensor keeps no version, so its content has to be read each time.
+    return None if tensor.is_inference() else tensor._version
+
+
+def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Every module that may hold an attention site: name, module, class names from the root down."""
+    named = dict(model.named_modules())
+    chosen = {name for name, module in named.items() if _is_attention(module)}
+    for parent, module in named.items():
+        if isinstance(module, nn.ModuleList):
+            for index in range(len(module)):
+                name = f"{parent}.{index}" if parent else str(index)
+                if not any(other == name or other.startswith(f"{name}.") for other in chosen):
+                    chosen.add(name)
+    for name in named:
+        if name in chosen:
+            yield name, named[name], class_stack(named, name)
+
+
+def class_stack(named: Mapping[str, nn.Module], name: str) -> tuple[str, ...]:
+    """Class names of the modules from the root down to `name`."""
+    parts = name.split(".") if name else []
+    paths = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+    return tuple(type(named[path]).__name__ for path in paths if path in named)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return False
+    if _LOOKS_LIKE_ATTENTION.search(type(module).__name__):
+        return True
+    return any(child in _PROJECTIONS for child, _ in module.named_children())
+
+
+def _warn_of_recompile_limit(model: nn.Module) -> None:
+    from torch._dynamo import config
+
+    graphs: dict[type, set[tuple[str, ...]]] = defaultdict(set)
+    for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+        for block in blocks:
+            keys = tuple(m.__dict__[KEY] for m in block.modules() if stamp_of(m) is not None)
+            graphs[type(block)].add(keys)
+    for block_class, keys in graphs.items():
+        if len(keys) > config.recompile_limit:
+            log.warning(
+                "%s has %d different combinations of rules, more than "
+                "torch._dynamo.config.recompile_limit = %d: compiled block by block, the rest "
+                "would silently run eagerly. Raise the limit, or compile the whole model.",
+                block_class.__name__,
+                len(keys),
+                config.recompile_limit,
+            )

@@ -1,0 +1,112 @@
+"""What a provider is asked to run, and what a provider is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gna_compile.geometry import Neighborhood
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything a provider may look at to say whether it can run: no tensor, no value of one.
+
+    Args:
+        device: device type, such as "cpu" or "cuda".
+        dtype: element type of query, key and value.
+        batch: batch size.
+        heads: query heads.
+        kv_heads: key and value heads; divides `heads`.
+        head_dim: head size.
+        neighborhood: the attention's geometry.
+        has_key_mask: whether global keys may be hidden.
+        query_strides: of the query [batch, heads, tokens, head_dim], in elements.
+        key_strides: of the key [batch, kv_heads, tokens, head_dim], in elements.
+        value_strides: of the value [batch, kv_heads, tokens, head_dim], in elements.
+    """
+
+    device: str
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    neighborhood: Neighborhood
+    has_key_mask: bool
+    query_strides: tuple[int, ...]
+    key_strides: tuple[int, ...]
+    value_strides: tuple[int, ...]
+
+
+class Provider(Protocol):
+    """An implementation of the op on some hardware.
+
+    All tensors of one call are on one device and were validated by the op; batch, heads and tokens
+    are at least 1. `output`, `logsumexp` and the gradients are allocated by the op: a provider
+    writes every element of them, whatever their strides, and keeps no reference.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name that policies, reports and the op's `provider` argument use."""
+        ...
+
+    @property
+    def fast_on(self) -> frozenset[str]:
+        """Device types on which it counts as fast."""
+        ...
+
+    def supports(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, in a few words, or None if it can."""
+        ...
+
+    def forward(
+        self,
+        problem: Problem,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        output: Tensor,
+        logsumexp: Tensor,
+    ) -> None:
+        """Writes `output` (like query) and `logsumexp` [batch, heads, tokens]."""
+        ...
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_output: Tensor,
+        grad_logsumexp: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+    ) -> None:
+        """Writes the three gradients; `output` and `logsumexp` are the forward's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Declined:
+    """No provider takes the problem.
+
+    Args:
+        reasons: each provider's own reason, by its name.
+    """
+
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())

@@ -1,0 +1,160 @@
+"""The model-level oracle: a model in eager mode whose chosen attentions get a boolean mask.
+
+    with masked(model, {"blocks.*.attn1": oracle.mask(grid, window)}) as calls:
+        expected = model(**inputs)
+
+Every `scaled_dot_product_attention` that runs inside is seen, however the model spells it, with the
+name of the module that it runs in. Attention written out as matmul and softmax is not: compare such
+a model with its fused twin (`models.build(..., written_out=False)`), which has the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class Call:
+    """One attention that ran.
+
+    Attributes:
+        index: how many ran before it.
+        layer: qualified name of the innermost module, "" for the model itself.
+        query, key: shapes, [..., tokens, head size].
+        masked: whether a mask was added.
+    """
+
+    index: int
+    layer: str
+    query: torch.Size
+    key: torch.Size
+    masked: bool = False
+
+    @property
+    def is_self(self) -> bool:
+        """Whether there are as many keys as queries."""
+        return self.query[-2] == self.key[-2]
+
+
+Choice = Callable[[Call], Tensor | None]
+
+
+@contextmanager
+def masked(model: nn.Module, masks: Mapping[str, Tensor] | Choice) -> Iterator[list[Call]]:
+    """Adds masks to the attentions that `model` runs within the context.
+
+    Args:
+        model: run it in eager mode.
+        masks: bool [queries, keys], True where a query sees a key, by a glob on the layer's name
+            (the first that matches counts); or a function of the call that gives a mask or None. A
+            mask is combined with the one that the model itself gives.
+
+    Yields:
+        All attentions so far, in order.
+
+    Raises:
+        ValueError: when a mask does not have the shape of its attention, and at the end when a glob
+            matched no attention.
+    """
+    unused = set() if callable(masks) else set(masks)
+
+    def choose(call: Call) -> Tensor | None:
+        if callable(masks):
+            return masks(call)
+        for pattern, mask in masks.items():
+            if fnmatchcase(call.layer, pattern):
+                unused.discard(pattern)
+                return mask
+        return None
+
+    calls: list[Call] = []
+    with _names_of_running_modules(model) as running, _MaskSdpa(running, choose, calls):
+        yield calls
+    if unused:
+        layers = sorted({call.layer for call in calls})
+        raise ValueError(f"no attention ran in {sorted(unused)}, only in {layers}")
+
+
+def attention_calls(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
+    """The attentions that one forward call runs."""
+    with torch.no_grad(), masked(model, lambda call: None) as calls:
+        model(**inputs)
+    return calls
+
+
+@contextmanager
+def _names_of_running_modules(model: nn.Module) -> Iterator[list[str]]:
+    """The qualified names of the modules whose forward is running, outermost first."""
+    running: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        handles.append(
+            module.register_forward_hook(lambda *_: void(running.pop()), always_call=True)
+        )
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def void(_: object) -> None:
+    """Forward hooks must return None, or their value becomes the module's output."""
+
+
+class _MaskSdpa(TorchFunctionMode):
+    def __init__(self, running: list[str], choose: Choice, calls: list[Call]) -> None:
+        super().__init__()
+        self.running, self.choose, self.calls = running, choose, calls
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self.attend(*args, **kwargs)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **rest: Any,
+    ) -> Tensor:
+        layer = self.running[-1] if self.running else ""
+        call = Call(len(self.calls), layer, query.shape, key.shape)
+        self.calls.append(call)
+        mask = self.choose(call)
+        if mask is not None:
+            wanted = (query.shape[-2], key.shape[-2])
+            if tuple(mask.shape) != wanted:
+                raise ValueError(
+                    f"the mask for {layer!r} is {tuple(mask.shape)}, its attention {wanted}"
+                )
+            call.masked = True
+            mask = mask.to(query.device)
+            if is_causal:
+                mask, is_causal = mask.tril(), False
+            if attn_mask is None:
+                attn_mask = mask
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & mask
+            else:
+                attn_mask = attn_mask.masked_fill(~mask, float("-inf"))
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, **rest
+        )
