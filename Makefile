@@ -20,7 +20,7 @@ PYTEST_ARGS ?= -n auto
 TIMM := timm==1.0.31
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 CXX_FOUND := $(shell command -v $(CXX) || command -v c++ || command -v g++ || command -v clang++)
 
 .DELETE_ON_ERROR:

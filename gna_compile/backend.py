@@ -11,14 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from gna_compile.lower import Lowered, lower
 from gna_compile.options import Options
 from gna_compile.phases import DEFAULT, current_phase
+
+if TYPE_CHECKING:
+    from gna_compile.decide import Decision
 
 log = logging.getLogger("gna_compile")
 
@@ -62,14 +65,135 @@ gna = GnaBackend()
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
     """Rewrites what is decided, lowers the graph, and returns what Dynamo shall call."""
-    from gna_compile.report.collect import publish
+    from gna_compile.graph.rewrite import copy_with_sites, rewrite
+    from gna_compile.packed import CheckedAgainstIds, dense_when_needed, ids_checks
+    from gna_compile.report.collect import GraphRecord
 
     def lowered(module: fx.GraphModule, inputs: Sequence[Any] = example_inputs) -> Lowered:
         return lower(
             module, inputs, inner=options.inner, mode=options.mode, inductor=options.inductor
         )
 
-    analysis = analyse(gm, options)
-    plan = analysis(example_inputs)
-    publish(gm, plan)
-    return lowered(gm)
+    plan = decide_graph(gm, example_inputs, options)
+    record = GraphRecord.start(gm, plan.decisions)
+    if not plan.is_rewritten:
+        record.publish()
+        return lowered(gm)
+    _warn_if_recompilations_run_out()
+
+    layouts = [d.layout for variant in plan.variants for d in variant if d.is_rewritten]
+    checks = ids_checks(gm, [layout for layout in layouts if layout is not None])
+    dense = None
+    if checks:
+        dense = dense_when_needed(copy_with_sites(gm, [])[0], lowered)
+        if any(isinstance(value, torch.SymInt) for value in example_inputs):
+            dense(example_inputs)  # a symbolic graph can only be lowered now, while Dynamo traces it
+    runs: list[Lowered] = []
+    for variant in plan.variants:
+        rewritten = [decision for decision in variant if decision.is_rewritten]
+        module, sites = copy_with_sites(gm, [decision.site for decision in rewritten])
+        rewrite(
+            [
+                (site, decision.layout, decision.parameters)
+                for site, decision in zip(sites, rewritten, strict=True)
+                if decision.layout is not None and decision.parameters is not None
+            ],
+            verify_masks=options.verify_masks,
+        )
+        record.add_variant(module)
+        run = lowered(module)
+        if dense is not None and rewritten:
+            run = CheckedAgainstIds(run, dense, checks, plan.root)
+        runs.append(run)
+    record.publish()
+    return runs[0] if len(runs) == 1 else by_phase(runs, plan.variant_of_phase)
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """What shall become of one graph.
+
+    Attributes:
+        decisions: for each phase, the decision on each site, in graph order.
+        variants: the distinct lists of decisions.
+        variant_of_phase: which variant each phase runs.
+        root: the module whose method is being compiled.
+    """
+
+    decisions: dict[str, list[Decision]]
+    variants: list[list[Decision]]
+    variant_of_phase: dict[str, int]
+    root: nn.Module | None
+
+    @property
+    def is_rewritten(self) -> bool:
+        return any(decision.is_rewritten for variant in self.variants for decision in variant)
+
+
+def decide_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> GraphPlan:
+    """Decides on every site of a graph in every phase, and which phases share a graph."""
+    from gna_compile.decide import decide
+    from gna_compile.graph.frame import guard_root_attribute, root_module
+    from gna_compile.graph.sites import find_sites
+    from gna_compile.graph.tokens import TokenFlow
+    from gna_compile.policy import load_policy
+    from gna_compile.prepare import KEY, stamp_of, stamps_of
+
+    policy = load_policy(options.policy) if options.policy is not None else None
+    sites = find_sites(gm)
+    if not sites:
+        return GraphPlan({DEFAULT: []}, [[]], {DEFAULT: 0}, None)
+    root = root_module()
+    stamps = stamps_of(root)
+    if stamp_of(root) is not None:
+        guard_root_attribute(KEY)
+    policies = {stamp.policy for stamp in stamps.values()} | ({policy} if policy else set())
+    if not policies:
+        log.warning(
+            'backend="gna" has no policy for a graph with %d attention sites, so it stays dense. '
+            'Give options={"policy": ...} or call gna_compile.prepare(model, policy).',
+            len(sites),
+        )
+    phases = list(dict.fromkeys([DEFAULT, *(name for p in policies for name in p.phases)]))
+    flow = TokenFlow(gm, example_inputs)
+    decisions: dict[str, list[Decision]] = {}
+    for phase in phases:
+        decisions[phase] = [decide(site, flow, policy, phase, root, stamps) for site in sites]
+    variants: list[list[Decision]] = []
+    variant_of_phase = {}
+    for phase, row in decisions.items():
+        for number, variant in enumerate(variants):
+            if all(a.same_rewrite(b) for a, b in zip(row, variant, strict=True)):
+                break
+        else:
+            number = len(variants)
+            variants.append(row)
+        variant_of_phase[phase] = number
+    return GraphPlan(decisions, variants, variant_of_phase, root)
+
+
+def by_phase(runs: Sequence[Lowered], variant_of_phase: dict[str, int]) -> Lowered:
+    """Calls the variant that was lowered for the calling thread's phase."""
+
+    def run(*inputs: Any) -> Any:
+        phase = current_phase()
+        if phase not in variant_of_phase:
+            known = ", ".join(map(repr, variant_of_phase))
+            raise ValueError(f"the policy has no phase {phase!r}; it has {known}")
+        return runs[variant_of_phase[phase]](*inputs)
+
+    return run
+
+
+def _warn_if_recompilations_run_out() -> None:
+    from gna_compile.graph.frame import compilations_left
+
+    if compilations_left() == 0:
+        log.warning(
+            "this is the last graph that Dynamo compiles for this code "
+            "(torch._dynamo.config.recompile_limit = %d); further layers or shapes will run "
+            "eagerly and dense. Raise the limit, or give layers fewer different rules.",
+            torch._dynamo.config.recompile_limit,
+        )

@@ -7,18 +7,17 @@ other side of it recompiles; nothing here turns a symbol into a number that the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.graph.layouts import Declared, Layout, Refusal, TokenFlow, resolve
+from gna_compile.graph.tokens import Layout, Refusal, TokenFlow, resolve
 from gna_compile.graph.sites import Site
 from gna_compile.policy import LayerFacts, Parameters, Policy, PolicyMismatch, Rule
-from gna_compile.prepare import stamp_of
+from gna_compile.prepare import Stamp
 from gna_compile.providers import Declined, Problem, choose
 from gna_compile.reasons import Reason
 
@@ -73,6 +72,7 @@ def decide(
     policy: Policy | None,
     phase: str,
     root: torch.nn.Module | None = None,
+    stamps: Mapping[int, Stamp] | None = None,
 ) -> Decision:
     """Decides on one site in one phase.
 
@@ -81,22 +81,24 @@ def decide(
         flow: the token flow of the graph that the site is in.
         policy: the policy given with the compile options; a stamp made by `prepare` overrides it.
         phase: which of the policy's phases to decide for.
-        root: the module whose method is being compiled, whose submodules may carry stamps.
+        root: the module whose method is being compiled.
+        stamps: the stamps on it and its submodules, by `id` of the module.
     """
-    stamp = _stamp_for(site, root)
+    stamp = _stamp_for(site, root, stamps or {})
     name = stamp.name if stamp is not None else site.layer
     classes = stamp.classes if stamp is not None else tuple(m.cls for m in site.modules)
     facts: dict[str, Any] = {"site": site, "layer": name}
     try:
         if site.obstacle is not None:
             raise _Dense(*site.obstacle)
-        if flow.relation(site) == "cross":
+        relation = flow.relation(site)
+        if relation == "cross":
             raise _Dense(Reason.CROSS_ATTENTION)
         policy = stamp.policy if stamp is not None else policy
         if policy is None:
             raise _Dense(Reason.NO_RULE, "no policy reaches this graph: give one, or call prepare")
-        declared = (stamp.layout if stamp is not None else None) or policy.layout
-        layout = resolve(site, flow, declared)
+        stamped = stamp.layout if stamp is not None else None
+        layout = resolve(site, flow, stamped or policy.layout, policy.global_tokens)
         grid = layout.grid if isinstance(layout, Layout) else None
         rule = policy.rule_for(LayerFacts(name, classes, site.tokens, grid), phase)
         if rule is None:
@@ -104,8 +106,10 @@ def decide(
         facts["rule"] = rule.index
         if rule.dense:
             raise _Dense(Reason.RULE_DENSE)
-        if rule.layout is not None and (stamp is None or stamp.layout is None):
-            layout = resolve(site, flow, rule.layout)
+        if stamped is None and rule.layout is not None:
+            layout = resolve(site, flow, rule.layout, rule.global_tokens)
+        if relation == "unknown":
+            raise _Dense(Reason.CROSS_ATTENTION, "queries and keys are not known to be one set of tokens")
         if isinstance(layout, Refusal):
             raise _Dense(layout.reason, layout.detail)
         facts["layout"] = layout
@@ -119,14 +123,12 @@ def decide(
     return Decision(**facts, parameters=parameters, provider=provider)
 
 
-def _stamp_for(site: Site, root: torch.nn.Module | None) -> Any:
-    if root is None:
-        return None
-    by_id = {id(module): module for module in root.modules()}
-    stack = [id(root), *(ref.id for ref in site.modules)]
-    for identity in reversed(stack):
-        if (stamp := stamp_of(by_id.get(identity))) is not None:
-            return stamp
+def _stamp_for(
+    site: Site, root: torch.nn.Module | None, stamps: Mapping[int, Stamp]
+) -> Stamp | None:
+    for identity in reversed([id(root), *(module.id for module in site.modules)]):
+        if identity in stamps:
+            return stamps[identity]
     return None
 
 
@@ -135,7 +137,7 @@ def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
         return
     if rule.key_mask != "global_tokens":
         raise _Dense(Reason.MASK)
-    if site.form != "sdpa":
+    if site.mask_form != "sdpa":
         raise _Dense(Reason.MASK, "the mask of attention written out is an additive bias")
     mask = site.mask.meta["example_value"]
     if mask.dtype != torch.bool:
@@ -155,13 +157,7 @@ def _parameters(rule: Rule, layout: Layout) -> Parameters:
     try:
         parameters = rule.parameters(layout.grid)
     except PolicyMismatch as error:
-        raise _Dense(Reason.LAYOUT_MISMATCH, str(error)) from None
-    for axis, (length, window, dilation) in enumerate(
-        zip(layout.grid, parameters.window, parameters.dilation, strict=True)
-    ):
-        if bool(window * dilation > length):
-            span = f"window {window}" + (f" x dilation {dilation}" if dilation != 1 else "")
-            raise _Dense(Reason.WINDOW_EXCEEDS_GRID, f"axis {axis}: {span} > {length} tokens")
+        raise _Dense(error.reason, str(error)) from None
     if not any(parameters.causal) and all(
         bool(w == n) for w, n in zip(parameters.window, layout.grid, strict=True)
     ):
@@ -251,11 +247,3 @@ def _strides(node: torch.fx.Node, transposed: bool = False) -> tuple[int, ...]:
 def hint(size: Any) -> int:
     """The size of the example input that a symbol stands for; for reports and choices, not graphs."""
     return size if isinstance(size, int) else size.node.hint
-
-
-def is_unbacked(sizes: Sequence[Size]) -> bool:
-    """Whether any size depends on data."""
-    return any(not isinstance(size, int) and free_unbacked_symbols(size) for size in sizes)
-
-
-__all__ = ["Declared", "Decision", "decide", "hint"]

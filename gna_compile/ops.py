@@ -296,7 +296,7 @@ def _check_tensors(
                 f"{name} has shape {tuple(tensor.shape)} for a query of {tuple(query.shape)}; it "
                 f"must be {wanted}"
             )
-    if _differ(head_dim, 0) is False and isinstance(head_dim, int):
+    if isinstance(head_dim, int) and head_dim == 0:
         raise ValueError("head_dim is 0; it must be at least 1")
     if isinstance(heads, int) and isinstance(kv_heads, int):
         if (heads == 0) != (kv_heads == 0) or (kv_heads and heads % kv_heads):

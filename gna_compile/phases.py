@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-DEFAULT = "default"
+from gna_compile.policy import DEFAULT_PHASE as DEFAULT
+from gna_compile.policy import load_policy
 
 _current: ContextVar[str] = ContextVar("gna_phase", default=DEFAULT)
 
@@ -43,32 +44,28 @@ def phase(name: str) -> Iterator[None]:
 
 
 class PhaseSchedule:
-    """A diffusers `callback_on_step_end` that runs the first steps in one phase and the rest in another.
+    """A diffusers `callback_on_step_end` that runs each denoising step in its phase.
 
     Entering the phase of the first step happens here, at construction, and again when the last
     step of a run ends, so one schedule serves several runs of the pipeline.
 
-        schedule = gna_compile.PhaseSchedule("warmup", steps=15)
-        pipe(prompt, num_inference_steps=50, callback_on_step_end=schedule)
+        schedule = gna_compile.PhaseSchedule("flux-4k", steps=28)   # as the policy says
+        pipe(prompt, num_inference_steps=28, callback_on_step_end=schedule)
 
     Args:
-        first: phase of the first `steps` steps.
-        steps: how many denoising steps run in it, at least 0.
-        then: phase of the steps after them.
+        policy: whose phases to follow: `phases: {warmup: {first: 9, of: 28}}`. Anything that
+            `load_policy` takes.
+        steps: how many denoising steps a run has, at least 1.
     """
 
-    def __init__(self, first: str, steps: int, then: str = DEFAULT) -> None:
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0, not {steps}")
-        self.first, self.steps, self.then = first, steps, then
-        self._enter(0)
+    def __init__(self, policy: Any, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        self.policy, self.steps = load_policy(policy), steps
+        set_phase(self.policy.phase_at(0, steps))
 
     def __call__(
         self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        total = getattr(pipe, "num_timesteps", None)
-        self._enter(0 if total is not None and step + 1 >= total else step + 1)
+        set_phase(self.policy.phase_at((step + 1) % self.steps, self.steps))
         return callback_kwargs
-
-    def _enter(self, step: int) -> None:
-        set_phase(self.first if step < self.steps else self.then)

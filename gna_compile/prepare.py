@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gna_compile.graph.layouts import Declared, grid_from_ids
-from gna_compile.policy import Policy, load_policy
+from gna_compile.graph.tokens import grid_from_ids
+from gna_compile.policy import DeclaredLayout, Policy, load_policy
 
 log = logging.getLogger("gna_compile")
 
@@ -36,6 +36,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 KEY = "_gna_key"
 _STAMP = "_gna_stamp"
 _IDS = "img_ids"
+_SEEN = "_gna_seen_ids"
 _LOOKS_LIKE_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _PROJECTIONS = {"to_q", "to_qkv", "q_proj", "qkv", "query", "q", "wq", "Wqkv", "in_proj"}
 
@@ -53,7 +54,7 @@ class Stamp:
     policy: Policy
     name: str
     classes: tuple[str, ...]
-    layout: Declared | None
+    layout: DeclaredLayout | None
 
     @property
     def key(self) -> str:
@@ -66,7 +67,7 @@ class Stamp:
 def prepare(
     model: ModuleT,
     policy: str | PathLike[str] | Mapping[str, Any] | Policy,
-    layout: Mapping[str, Any] | Declared | None = None,
+    layout: Mapping[str, Any] | DeclaredLayout | None = None,
 ) -> ModuleT:
     """Stamps the attention modules of `model`, in place, and returns it.
 
@@ -87,7 +88,7 @@ def prepare(
         PolicyError: if the policy or the layout is malformed.
     """
     policy = load_policy(policy)
-    declared = Declared.parse(layout) if layout is not None else None
+    declared = _parse_layout(layout)
     unprepare(model)
     for name, module, classes in _attention_modules(model):
         _stamp(module, Stamp(policy, name, classes, declared))
@@ -96,6 +97,14 @@ def prepare(
         model.register_forward_pre_hook(_follow_ids, with_kwargs=True)
     _warn_of_recompile_limit(model)
     return model
+
+
+def _parse_layout(layout: Mapping[str, Any] | DeclaredLayout | None) -> DeclaredLayout | None:
+    if layout is None or isinstance(layout, DeclaredLayout):
+        return layout
+    # A policy's own `layout` key goes through the same checks.
+    probe = {"version": 1, "layout": dict(layout), "rules": [{"dense": True}]}
+    return load_policy(probe).layout
 
 
 def unprepare(model: ModuleT) -> ModuleT:
@@ -116,6 +125,12 @@ def stamp_of(module: nn.Module | None) -> Stamp | None:
     return None if module is None else module.__dict__.get(_STAMP)
 
 
+def stamps_of(root: nn.Module | None) -> dict[int, Stamp]:
+    """All stamps below `root`, by `id` of the module that carries them."""
+    modules = root.modules() if root is not None else ()
+    return {id(m): stamp for m in modules if (stamp := stamp_of(m)) is not None}
+
+
 def _stamp(module: nn.Module, stamp: Stamp) -> None:
     module.__dict__[_STAMP] = stamp
     module.__dict__[KEY] = stamp.key
@@ -125,9 +140,6 @@ def _read_key(module: nn.Module, args: Any) -> None:
     # The comparison is what makes Dynamo guard on the value.
     if module.__dict__[KEY] == "":
         raise AssertionError("a stamped module has a key")
-
-
-_SEEN = "_gna_seen_ids"
 
 
 @torch.compiler.disable
@@ -152,7 +164,7 @@ def _follow_ids_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
 
 def restamp(model: nn.Module, grid: tuple[int, ...] | None) -> None:
     """Gives every stamped layer of `model` this grid, so that Dynamo's guards see the change."""
-    layout = None if grid is None else Declared(grid=grid)
+    layout = None if grid is None else DeclaredLayout(grid)
     for module in model.modules():
         stamp = stamp_of(module)
         if stamp is not None and stamp.layout != layout:

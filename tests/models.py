@@ -126,12 +126,16 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 def write_out_attention(model: nn.Module) -> None:
     """Switches a transformers or timm model from fused attention to matmul, softmax, matmul."""
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")
+    switch: Any = getattr(model, "set_attn_implementation", None)
+    by_class = any(type(module).__name__.endswith("SdpaAttention") for module in model.modules())
+    if switch is not None and not by_class:
+        switch("eager")
         return
-    fused = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    fused: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
     if not fused:
-        raise ValueError(f"{type(model).__name__} has no attention that can be written out")
+        raise ValueError(
+            f"{type(model).__name__} has no switch from fused to written-out attention"
+        )
     for module in fused:
         module.fused_attn = False
 
@@ -433,9 +437,7 @@ def _allegro_inputs(grid: Grid, batch: int) -> Inputs:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     frames, height, width = grid
-    tables = get_3d_rotary_pos_embed_allegro(
-        24, ((0, 0), (height, width)), (height, width), frames
-    )
+    tables = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (height, width)), (height, width), frames)
     positions = torch.cartesian_prod(*(axis.long() for axis in tables[3:]))
     return {
         "hidden_states": _noise(batch, 4, frames, 2 * height, 2 * width),

@@ -110,10 +110,11 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
 
 def describe(site: Site) -> str:
     """One line for logs: layer, form, heads x tokens x head size, dtype, and the obstacle if any."""
-    tokens = (
-        f"{site.tokens}" if site.key_tokens is site.tokens else f"{site.tokens}→{site.key_tokens}"
+    tokens, key_tokens, heads, kv_heads = map(
+        str, (site.tokens, site.key_tokens, site.heads, site.kv_heads)
     )
-    heads = f"{site.heads}" if site.kv_heads is site.heads else f"{site.heads}/{site.kv_heads}"
+    tokens = tokens if tokens == key_tokens else f"{tokens}→{key_tokens}"
+    heads = heads if heads == kv_heads else f"{heads}/{kv_heads}"
     parts = [
         site.layer or "(unnamed)",
         site.form,
@@ -153,10 +154,10 @@ class _Search:
         Its nodes name the modules of the call that was traced, inside `traced`. `obstacle` holds
         for all of its sites.
         """
-        for site in self._sites.get(gm, ()):
-            modules = rebase(site.modules, traced, caller)
-            if modules != site.modules and modules not in self.calls[site]:
-                self.calls[site].append(modules)
+        for known in self._sites.get(gm, ()):
+            modules = rebase(known.modules, traced, caller)
+            if modules != known.modules and modules not in self.calls[known]:
+                self.calls[known].append(modules)
         first_visit = gm not in self._sites
         sites = self._sites.setdefault(gm, [])
         matches: dict[fx.Node, Match] = {}
@@ -173,7 +174,7 @@ class _Search:
                 )
             if not first_visit:
                 continue
-            site = None
+            site: Site | None = None
             if name == "softmax":
                 found = match(node)
                 if found is not None:
@@ -260,7 +261,7 @@ def _fused(gm: fx.GraphModule, node: fx.Node) -> Site | None:
 
 
 def _written_out(gm: fx.GraphModule, found: Match) -> Site | None:
-    return _site(
+    site = _site(
         gm,
         found.node,
         "written-out",
@@ -274,6 +275,20 @@ def _written_out(gm: fx.GraphModule, found: Match) -> Site | None:
         # A matmul broadcasts one key head over all query heads, which is what grouping means.
         grouped=True,
         obstacle=found.obstacle,
+    )
+    scores = tensor_of(found.scores)
+    if site is None or scores is None or site.obstacle is None:
+        return site
+    # Operands that the op does not take may have their dimensions anywhere; the scores tell.
+    heads = scores.shape[-3] if scores.dim() >= 4 else 1
+    return replace(
+        site,
+        batch=scores.shape[0],
+        heads=heads,
+        kv_heads=heads,
+        tokens=scores.shape[-2],
+        key_tokens=scores.shape[-1],
+        head_dim=found.head_dim,
     )
 
 

@@ -51,12 +51,12 @@ def is_unbacked(value: torch.Tensor) -> bool:
     return bool(free_unbacked_symbols(value.shape))
 
 
-def number(argument: Any) -> float | None:
+def number(argument: Any, *, pin: bool = True) -> float | None:
     """The one value of a scalar argument, or None if it has none at compile time.
 
     A Python number is itself. A float that Dynamo keeps symbolic (an argument or attribute under
-    `dynamic=True`) is pinned: the guard makes another value recompile. A value computed from
-    symbolic sizes is None, since pinning it would pin those sizes.
+    `dynamic=True`) is pinned, if `pin` allows: the guard makes another value recompile. A value
+    computed from symbolic sizes is None, since pinning it would pin those sizes.
     """
     if isinstance(argument, fx.Node):
         argument = argument.meta.get("example_value")
@@ -69,24 +69,24 @@ def number(argument: Any) -> float | None:
     expression = argument.node.expr
     if expression.is_number:
         return float(expression)
-    if isinstance(argument, torch.SymFloat) and _is_float_input(expression):
+    if pin and isinstance(argument, torch.SymFloat) and _is_float_input(expression):
         return float(argument)
     return None
 
 
-def constant(argument: Any) -> float | None:
+def constant(argument: Any, *, pin: bool = True) -> float | None:
     """Like `number`, and also the value of a one-element tensor that the graph makes of a literal."""
-    value = number(argument)
+    value = number(argument, pin=pin)
     tensor = tensor_of(argument)
     if value is not None or tensor is None or tensor.dim() != 0:
         return value
     name = operator_name(argument)
     if name == "full":
-        value = number(argument_of(argument, 1, "fill_value"))
+        value = number(argument_of(argument, 1, "fill_value"), pin=pin)
     elif name in ("tensor", "scalar_tensor"):
-        value = number(argument_of(argument, 0, "data", "s"))
+        value = number(argument_of(argument, 0, "data", "s"), pin=pin)
     elif name == "sqrt":
-        value = constant(argument_of(argument, 0, "input", "self"))
+        value = constant(argument_of(argument, 0, "input", "self"), pin=pin)
         value = math.sqrt(value) if value is not None and value >= 0 else None
     if value is None or tensor.dtype in (torch.float32, torch.float64):
         return value

@@ -38,6 +38,12 @@ _ALTERATIONS = frozenset(
 )
 _ALTERATIONS |= {"neg", "abs", "relu", "sigmoid", "pow", "minimum", "maximum", "masked_fill"}
 _ALTERATIONS |= {"where", "detach", "setitem", "dropout"}
+# What reads the shape or dtype of an operand, but not its values: every operand but the first, or
+# the first too.
+_SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
+_SHAPE_ONLY = frozenset({"size", "dim", "numel", "stride", "zeros_like", "ones_like", "empty_like"})
+_SHAPE_ONLY |= {"full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+_SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _MOST_STEPS = 24
 
 Obstacle = tuple[Reason, str]
@@ -55,7 +61,6 @@ class Match:
     """
 
     node: fx.Node
-    softmax: fx.Node
     scores: fx.Node
     query: fx.Node
     key: fx.Node
@@ -77,11 +82,11 @@ def match(softmax: fx.Node) -> Match | None:
     source, dim = argument_of(softmax, 0, "input", "self"), argument_of(softmax, 1, "dim")
     if not isinstance(source, fx.Node) or dim not in (-1, value.dim() - 1):
         return None
-    scores = _find_scores(source)
     weights = _find_product(softmax)
+    scores = None if weights is None else _find_scores(source)
     if scores is None or weights is None:
         return None
-    return _assemble(softmax, source, scores, weights)
+    return _assemble(source, scores, weights)
 
 
 # --- products ------------------------------------------------------------------------------------
@@ -403,9 +408,8 @@ def _swaps_last_two(node: fx.Node) -> bool:
         return {first % rank, second % rank} == {rank - 1, rank - 2}
     dims = argument_of(node, 1, "dims")
     order = list(dims) if isinstance(dims, list | tuple) else list(node.args[1:])
-    if not all(isinstance(dim, int) for dim in order):
-        return False
-    return [dim % rank for dim in order] == [*range(rank - 2), rank - 1, rank - 2]
+    last_swapped = [*range(rank - 2), rank - 1, rank - 2]
+    return [dim % rank for dim in order if isinstance(dim, int)] == last_swapped
 
 
 # --- both ----------------------------------------------------------------------------------------
@@ -436,9 +440,9 @@ def _peel(operand: _Operand) -> list[_Peeled]:
             transposed = not transposed
         elif name == "mul" or (name == "div" and node.kwargs.get("rounding_mode") is None):
             other = argument_of(node, 1, "other")
-            factor = constant(other)
+            factor = constant(other, pin=False)
             if factor is None and name == "mul":
-                factor, source = constant(source), other
+                factor, source = constant(source, pin=False), other
             if factor is None or (name == "div" and factor == 0):
                 break
             scale = scale * factor if name == "mul" else scale / factor
@@ -472,7 +476,7 @@ def _choose(peeled: list[_Peeled], dtype: torch.dtype) -> _Peeled:
     return max(reversed(peeled), key=rank)
 
 
-def _assemble(softmax: fx.Node, source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
+def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
     node, scores = lower.product.node, upper.product.node
     raw, out = tensor_of(scores), tensor_of(node)
     logits, weights = tensor_of(source), tensor_of(lower.chain[-1])
@@ -511,7 +515,6 @@ def _assemble(softmax: fx.Node, source: fx.Node, upper: _Scores, lower: _Weights
     obstacle = obstacle or _changed_between(scores, node, (query, key))
     return Match(
         node=node,
-        softmax=softmax,
         scores=scores,
         query=query.node,
         key=key.node,
@@ -544,7 +547,7 @@ def _side_effects(
     inside = {*chain, node}
     for link in chain:
         for user in link.users:
-            if user in inside:
+            if user in inside or _reads_shape_only(user, link):
                 continue
             name = operator_name(user)
             mask = argument_of(user, 1, "mask", "other")
@@ -565,6 +568,15 @@ def _side_effects(
                 )
 
 
+def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
+    name = operator_name(user)
+    if name == "getattr":
+        return user.args[1] in _SHAPE_ATTRIBUTES
+    if name in _SHAPED_LIKE:
+        return argument_of(user, 0, "input", "self") is not node
+    return name in _SHAPE_ONLY and not written_by(user)
+
+
 def _dtype_obstacle(
     query: fx.Node, key: fx.Node, scores: fx.Node, node: fx.Node
 ) -> Obstacle | None:
@@ -576,7 +588,8 @@ def _dtype_obstacle(
     out, raw = tensor_of(node), tensor_of(scores)
     for operand in (query, key):
         value = tensor_of(operand)
-        assert value is not None and out is not None and raw is not None
+        if value is None or out is None or raw is None:
+            return (Reason.DTYPE, "an operand's dtype is not known")
         if not (_widens(value, out) or raw.dtype == out.dtype):
             return (Reason.DTYPE, f"queries and keys are {value.dtype}, the output is {out.dtype}")
     return None

@@ -388,7 +388,7 @@ def _spread(values: Any, rank: int) -> tuple[Any, ...]:
 def _unit_axes(grid: Sequence[Size]) -> int:
     """How many leading axes have static length 1; asking a symbol would install a guard."""
     for count, length in enumerate(grid):
-        if not (length == 1):
+        if not (isinstance(length, int) and length == 1):
             return count
     return len(grid)
 

@@ -22,7 +22,7 @@ _TILE = 2000.0  # calling the operators of one tile, shared by about a dozen hea
 MAX_MASK = 1 << 22
 """Most elements of one tile's mask, wherever a cut of the grid allows it."""
 
-_MAX_BOXES = 8192  # per axis, unless the axis has no other cut
+_MAX_BOXES = 1024  # per axis, unless the axis has no other cut
 
 
 @dataclass(frozen=True)

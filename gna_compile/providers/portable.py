@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,9 @@ class Portable:
         logsumexp: Tensor,
     ) -> None:
         fused = _bounded(query, key, scale) and _bounded(value)
+        scratch = _Scratch()
         for part in _parts(problem):
-            step = _Step(problem, part, key_mask, query, key, value)
+            step = _Step(problem, part, key_mask, query, key, value, scratch)
             for tile in step.tiles():
                 out, lse = _attend(tile, scale, fused)
                 tile.write_rows(step.of_query(output), out)
@@ -83,19 +84,20 @@ class Portable:
             and _bounded(query, key, scale)
             and _bounded(grad_output, value)
         )
+        scratch = _Scratch()
         for part in _parts(problem):
-            step = _Step(problem, part, key_mask, query, key, value)
+            step = _Step(problem, part, key_mask, query, key, value, scratch)
             sums = [_Accumulator(step.of_key(grad)) for grad in (grad_key, grad_value)]
             for tile in step.tiles():
                 grad_lse = None
                 if grad_logsumexp is not None:
-                    grad_lse = tile.read_rows(step.of_query(grad_logsumexp))
+                    grad_lse = tile.read_rows(step.of_query(grad_logsumexp), "grad_lse")
                 grads = _attend_backward(
                     tile,
-                    tile.read_rows(step.of_query(grad_output)),
+                    tile.read_rows(step.of_query(grad_output), "grad_out"),
                     grad_lse,
-                    tile.read_rows(step.of_query(output)),
-                    tile.read_rows(step.of_query(logsumexp)),
+                    tile.read_rows(step.of_query(output), "out"),
+                    tile.read_rows(step.of_query(logsumexp), "lse"),
                     scale,
                     fused,
                 )
@@ -143,6 +145,21 @@ def _parts(problem: Problem) -> Iterator[_Part]:
             )
 
 
+class _Scratch:
+    """Buffers by name, used again by every tile: fresh memory costs more than filling it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Uninitialised and contiguous; what was taken under this name before is lost."""
+        numel = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[name] = like.new_empty(numel)
+        return buffer[:numel].view(shape)
+
+
 class _Step:
     """One part of the batch and heads; makes its tiles.
 
@@ -158,9 +175,11 @@ class _Step:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        scratch: _Scratch,
     ) -> None:
         self._neighborhood = problem.neighborhood
         self._part = part
+        self._scratch = scratch
         self._group = problem.heads // problem.kv_heads
         self._kv_heads = problem.kv_heads
         self._query = self.of_query(query)
@@ -178,7 +197,7 @@ class _Step:
         return tensor[self._part.batch, self._part.kv_heads]
 
     def tiles(self) -> Iterator[_Tile]:
-        """All tiles; each query is in exactly one. A tile's keys are valid until the next tile."""
+        """All tiles; each query is in exactly one. A tile is valid until the next one."""
         if self._neighborhood.global_tokens:
             yield self._global_tile()
         yield from self._grid_tiles()
@@ -194,7 +213,9 @@ class _Step:
             )
             hidden = torch.cat([prefix, visible, suffix], dim=1)[:, None, None]
             key, value = (_without(tensor, hidden) for tensor in (key, value))
-        return _Tile(self._neighborhood, None, self._query, key, value, hidden)
+        return _Tile(
+            self._neighborhood, None, self._query, key, value, hidden, self._scratch
+        )
 
     def _grid_tiles(self) -> Iterator[_Tile]:
         cut = cut_grid(self._neighborhood, self._group)
@@ -205,8 +226,8 @@ class _Step:
             hidden_globals = self._hidden_globals[:, None, None]
         longest = count + math.prod(max(len(tile.keys) for tile in tiles) for tiles in cut)
         keys, values = (
-            _Gather(tensor, self._neighborhood, longest, hidden_globals)
-            for tensor in (self._key, self._value)
+            _Gather(name, tensor, self._neighborhood, longest, hidden_globals, self._scratch)
+            for name, tensor in (("key", self._key), ("value", self._value))
         )
         for box in itertools.product(*cut):
             hidden = masks.hidden(box)
@@ -215,7 +236,13 @@ class _Step:
             if count and (hidden is not None or hidden_globals is not None):
                 hidden = _join_hidden(hidden_globals, hidden, count, box, self._query.device)
             yield _Tile(
-                self._neighborhood, box, self._query, keys.take(box), values.take(box), hidden
+                self._neighborhood,
+                box,
+                self._query,
+                keys.take(box),
+                values.take(box),
+                hidden,
+                self._scratch,
             )
 
 
@@ -268,19 +295,28 @@ class _Tile:
         key: Tensor,
         value: Tensor,
         hidden: Tensor | None,
+        scratch: _Scratch,
     ) -> None:
         self._neighborhood = neighborhood
         self._box = box
-        self.query = self.read_rows(query)
+        self.scratch = scratch
+        self.query = self.read_rows(query, "query")
         self.key = key
         self.value = value
         self.hidden = hidden
 
-    def read_rows(self, tensor: Tensor) -> Tensor:
-        """This tile's rows [batch, kv_heads, group * queries, ...] of all queries' `tensor`."""
+    def read_rows(self, tensor: Tensor, name: str) -> Tensor:
+        """This tile's rows [batch, kv_heads, group * queries, ...] of all queries' `tensor`.
+
+        Maybe in the scratch buffer `name`.
+        """
         if self._box is None:
             return torch.cat(self._ends(tensor, 3), dim=3).flatten(2, 3)
-        return self._query_box(tensor).flatten(2, 2 + len(self._box))
+        box, last = self._query_box(tensor), 2 + len(self._box)
+        if _is_row(box, last):
+            return box.flatten(2, last)
+        rows = self.scratch.take(name, box.shape, tensor).copy_(box)
+        return rows.flatten(2, last)
 
     def write_rows(self, tensor: Tensor, rows: Tensor) -> None:
         """The inverse of `read_rows`."""
@@ -340,11 +376,15 @@ class _Gather:
 
     def __init__(
         self,
+        name: str,
         tensor: Tensor,
         neighborhood: Neighborhood,
         longest: int,
         hidden_globals: Tensor | None,
+        scratch: _Scratch,
     ) -> None:
+        self._name = name
+        self._scratch = scratch
         self._tensor = tensor
         self._neighborhood = neighborhood
         self._longest = longest
@@ -355,7 +395,7 @@ class _Gather:
         tokens = [tile.key_tokens for tile in box]
         view = _grid_box(self._tensor, 2, self._neighborhood, tokens)
         count = self._neighborhood.global_tokens
-        if count == 0 and _is_row(view):
+        if count == 0 and _is_row(view, view.ndim - 2):
             return view.flatten(2, -2)
         if self._buffer is None:
             self._buffer = self._new_buffer(count)
@@ -365,7 +405,8 @@ class _Gather:
 
     def _new_buffer(self, count: int) -> Tensor:
         batch, heads, _, head_dim = self._tensor.shape
-        buffer = self._tensor.new_empty((batch, heads, self._longest, head_dim))
+        shape = (batch, heads, self._longest, head_dim)
+        buffer = self._scratch.take(self._name, shape, self._tensor)
         if count:
             tokens = torch.cat(_global_tokens(self._tensor, 2, self._neighborhood), dim=2)
             if self._hidden_globals is not None:
@@ -374,12 +415,16 @@ class _Gather:
         return buffer
 
 
-def _is_row(view: Tensor) -> bool:
-    """Whether the token dimensions 2 .. -2 are one evenly strided dimension."""
-    sizes, strides = view.shape[2:-1], view.stride()[2:-1]
-    return all(
-        sizes[i] == 1 or strides[i] == strides[i + 1] * sizes[i + 1] for i in range(len(sizes) - 1)
-    )
+def _is_row(view: Tensor, last: int) -> bool:
+    """Whether the dimensions 2 .. last are one evenly strided dimension."""
+    stride = None
+    for size, step in zip(view.shape[last:1:-1], view.stride()[last:1:-1], strict=True):
+        if size == 1:
+            continue
+        if stride is not None and step != stride:
+            return False
+        stride = step * size
+    return True
 
 
 class _AxisMasks:
@@ -497,8 +542,9 @@ def _bias(tile: _Tile) -> Tensor | None:
     if tile.hidden is None:
         return None
     dtype = _accurate(tile.query.dtype)
-    bias = torch.zeros(tile.hidden.shape, dtype=dtype, device=tile.hidden.device)
-    return bias.masked_fill_(tile.hidden, -math.inf)
+    like = tile.hidden.new_empty(0, dtype=dtype)
+    bias = tile.scratch.take("bias", tile.hidden.shape, like)
+    return bias.zero_().masked_fill_(tile.hidden, -math.inf)
 
 
 def _row_chunks(tile: _Tile) -> Iterator[tuple[slice, Tensor | None]]:

@@ -1,0 +1,1 @@
+"""Decisions for people and programs: rows, tables, JSON and graph diffs."""

@@ -1,0 +1,90 @@
+"""What the backend did, for the log and for whoever listens: `collecting()` gathers it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from gna_compile.report.rows import Row, row_of
+
+if TYPE_CHECKING:
+    from gna_compile.decide import Decision
+
+log = logging.getLogger("gna_compile")
+
+_listener: ContextVar[list[GraphRecord] | None] = ContextVar("gna_listener", default=None)
+
+
+@dataclass
+class GraphRecord:
+    """One compiled graph.
+
+    Attributes:
+        rows: one for each phase and site.
+        before: the graph as text, as Dynamo gave it; "" unless somebody listens.
+        after: the same for each variant that was lowered.
+    """
+
+    rows: list[Row]
+    before: str = ""
+    after: list[str] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, gm: fx.GraphModule, decisions: dict[str, list[Decision]]) -> GraphRecord:
+        rows = [row_of(phase, d) for phase, row in decisions.items() for d in row]
+        return cls(rows, _text(gm))
+
+    def add_variant(self, gm: fx.GraphModule) -> None:
+        self.after.append(_text(gm))
+
+    def publish(self) -> None:
+        """Logs one line at info and each site at debug, and hands itself to the listener."""
+        if self.rows:
+            log.info("%s", summary(self.rows))
+            for row in self.rows:
+                log.debug("%s", row)
+        records = _listener.get()
+        if records is not None:
+            records.append(self)
+
+
+@contextmanager
+def collecting() -> Iterator[list[GraphRecord]]:
+    """Gathers the records of all graphs that this thread compiles in the block."""
+    records: list[GraphRecord] = []
+    token = _listener.set(records)
+    try:
+        yield records
+    finally:
+        _listener.reset(token)
+
+
+def summary(rows: list[Row]) -> str:
+    """E.g. `4 attention sites: 2 rewritten, 2 dense (cross-attention 2)`, per phase if they differ."""
+    phases = dict.fromkeys(row.phase for row in rows)
+    texts = {phase: _summary([row for row in rows if row.phase == phase]) for phase in phases}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{phase}: {text}" for phase, text in texts.items())
+
+
+def _summary(rows: list[Row]) -> str:
+    reasons = Counter(row.reason for row in rows if row.reason)
+    dense = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    text = f"{len(rows)} attention sites: {len(rows) - reasons.total()} rewritten"
+    return text + (f", {reasons.total()} dense ({dense})" if reasons else "")
+
+
+def _text(gm: fx.GraphModule) -> str:
+    if _listener.get() is None:
+        return ""
+    from gna_compile.graph.diff import graph_text
+
+    return graph_text(gm)
