@@ -137,7 +137,7 @@ def decide_graph(
     from gna_compile.decide import decide
     from gna_compile.graph.frame import guard_root_attribute, root_module
     from gna_compile.graph.sites import find_sites
-    from gna_compile.graph.tokens import TokenFlow
+    from gna_compile.graph.layouts import TokenFlow
     from gna_compile.policy import load_policy
     from gna_compile.prepare import KEY, stamp_of, stamps_of
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.graph.tokens import Layout, Refusal, TokenFlow, resolve
+from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve
 from gna_compile.graph.sites import Site
 from gna_compile.policy import LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.prepare import Stamp
@@ -109,7 +109,7 @@ def decide(
         if stamped is None and rule.layout is not None:
             layout = resolve(site, flow, rule.layout, rule.global_tokens)
         if relation == "unknown":
-            raise _Dense(Reason.CROSS_ATTENTION, "queries and keys are not known to be one set of tokens")
+            raise _Dense(Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens")
         if isinstance(layout, Refusal):
             raise _Dense(layout.reason, layout.detail)
         facts["layout"] = layout

@@ -27,11 +27,13 @@ def attention_flops(
 ) -> int:
     """Forward FLOPs; a key mask is not looked at, as it is data."""
     batch, heads, tokens, head_dim = map(_number, query_shape)
-    sizes = [[_number(size) for size in sizes] for sizes in (grid, window, stride, dilation)]
+    columns = [[_number(size) for size in sizes] for sizes in (grid, window, stride, dilation)]
     # A size that is not known is counted as dense, which bounds it.
     pairs = tokens * tokens
-    if all(isinstance(size, int) for axis in sizes for size in axis):
-        pairs = Neighborhood.of(*sizes, causal, _number(prefix), _number(suffix)).pairs
+    if all(isinstance(size, int) for column in columns for size in column):
+        lengths, windows, strides, dilations = columns
+        geometry = (lengths, windows, strides, dilations, causal)
+        pairs = Neighborhood.of(*geometry, _number(prefix), _number(suffix)).pairs
     return 4 * batch * heads * pairs * head_dim
 
 

@@ -11,7 +11,6 @@ logsumexp [B, H, N], key_mask [B, prefix + suffix], N = prefix + product of grid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -152,7 +151,6 @@ def _forward(
     provider: str = "",
 ) -> tuple[Tensor, Tensor]:
     geometry = (grid, window, stride, dilation, causal, prefix, suffix)
-    _check_tensors(query, key, value, key_mask, prefix, suffix)
     problem, chosen = _resolve(query, key, value, geometry, key_mask, provider)
     output, logsumexp = _empty_outputs(query, output_order)
     if output.numel():
@@ -181,9 +179,8 @@ def _backward(
     provider: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = (grid, window, stride, dilation, causal, prefix, suffix)
-    _check_tensors(query, key, value, key_mask, prefix, suffix)
-    _check_results(query, grad_output, grad_logsumexp, output, logsumexp)
     problem, chosen = _resolve(query, key, value, geometry, key_mask, provider)
+    _check_results(query, grad_output, grad_logsumexp, output, logsumexp)
     grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
     if not query.numel():
         # Without query heads there still are key heads, which nothing flows back to.
@@ -209,6 +206,10 @@ def _without_autocast() -> Any:
     return torch._C._ExcludeDispatchKeyGuard(_ALL_AUTOCAST)
 
 
+_resolved: dict[tuple[Any, ...], tuple[Problem, Provider]] = {}
+_MAX_RESOLVED = 4096
+
+
 def _resolve(
     query: Tensor,
     key: Tensor,
@@ -217,37 +218,59 @@ def _resolve(
     key_mask: Tensor | None,
     provider: str,
 ) -> tuple[Problem, Provider]:
-    """The problem and who runs it, remembered for each set of shapes and strides."""
+    """The problem and who runs it; checked once, then remembered for these shapes and strides."""
     grid, window, stride, dilation, causal, prefix, suffix = geometry
-    return _resolve_cached(
-        query.device.type,
-        query.dtype,
-        tuple(query.shape),
-        key.shape[1],
-        (tuple(grid), tuple(window), tuple(stride), tuple(dilation), tuple(causal), prefix, suffix),
-        key_mask is not None,
-        (query.stride(), key.stride(), value.stride()),
+    facts = (
+        *_facts(query),
+        *_facts(key),
+        *_facts(value),
+        *(_facts(key_mask) if key_mask is not None else ()),
+        *grid,
+        *window,
+        *stride,
+        *dilation,
+        *causal,
+        prefix,
+        suffix,
+        # Entries of different lengths must not run together to the same facts.
+        (len(grid), len(window), len(stride), len(dilation)),
         provider,
-        tuple(providers.PROVIDERS),
+        *providers.PROVIDERS,
     )
+    known = _resolved.get(facts)
+    if known is None:
+        _check_tensors(query, key, value, key_mask, prefix, suffix)
+        if len(_resolved) >= _MAX_RESOLVED:
+            _resolved.clear()
+        known = _resolved[facts] = _choose(query, key, value, geometry, key_mask, provider)
+    return known
 
 
-@lru_cache(maxsize=1024)
-def _resolve_cached(
-    device: str,
-    dtype: torch.dtype,
-    query_shape: tuple[int, int, int, int],
-    kv_heads: int,
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     geometry: tuple[Any, ...],
-    has_key_mask: bool,
-    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    key_mask: Tensor | None,
     provider: str,
-    _providers: tuple[Provider, ...],
 ) -> tuple[Problem, Provider]:
-    batch, heads, tokens, head_dim = query_shape
-    neighborhood = _neighborhood(geometry, tokens)
+    batch, heads, tokens, head_dim = query.shape
     problem = Problem(
-        device, dtype, batch, heads, kv_heads, head_dim, neighborhood, has_key_mask, *strides
+        device=query.device.type,
+        dtype=query.dtype,
+        batch=batch,
+        heads=heads,
+        kv_heads=key.shape[1],
+        head_dim=head_dim,
+        neighborhood=_neighborhood(geometry, tokens),
+        has_key_mask=key_mask is not None,
+        query_strides=query.stride(),
+        key_strides=key.stride(),
+        value_strides=value.stride(),
     )
     chosen = providers.choose(problem, name=provider)
     if isinstance(chosen, Declined):
@@ -298,11 +321,9 @@ def _check_tensors(
             )
     if isinstance(head_dim, int) and head_dim == 0:
         raise ValueError("head_dim is 0; it must be at least 1")
-    if isinstance(heads, int) and isinstance(kv_heads, int):
-        if (heads == 0) != (kv_heads == 0) or (kv_heads and heads % kv_heads):
-            raise ValueError(
-                f"query has {heads} heads and key {kv_heads}; key's must divide query's"
-            )
+    known_heads = isinstance(heads, int) and isinstance(kv_heads, int)
+    if known_heads and (heads % kv_heads if kv_heads else heads):
+        raise ValueError(f"query has {heads} heads and key {kv_heads}; key's must divide query's")
     if key_mask is None:
         return
     if key_mask.dtype != torch.bool or key_mask.device != query.device:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from gna_compile.graph.tokens import Layout, grid_from_ids
+from gna_compile.graph.layouts import Layout, grid_from_ids
 from gna_compile.lower import Lowered
 from gna_compile.prepare import SeenTensor, restamp, stamp_of
 

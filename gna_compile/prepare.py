@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gna_compile.graph.tokens import grid_from_ids
+from gna_compile.graph.layouts import grid_from_ids
 from gna_compile.policy import DeclaredLayout, Policy, load_policy
 
 log = logging.getLogger("gna_compile")

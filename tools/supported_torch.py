@@ -6,6 +6,7 @@ version takes milliseconds, importing it takes seconds.
 
 import re
 from importlib import metadata
+from pathlib import Path
 
 OLDEST, FIRST_UNSUPPORTED = (2, 11), (2, 14)
 
@@ -16,4 +17,4 @@ except metadata.PackageNotFoundError:
 else:
     numbers = re.match(r"(\d+)\.(\d+)", torch.version)
     if numbers and OLDEST <= tuple(map(int, numbers.groups())) < FIRST_UNSUPPORTED:
-        print(torch.locate_file("").resolve())
+        print(Path(str(torch.locate_file(""))).resolve())

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from operator import add, mul
 from typing import Any
+from zlib import crc32
 
-import torch
+from sympy import Integer
 
 from gna_compile.graph.values import Size
 
@@ -42,8 +43,34 @@ def same_key(left: Key, right: Key) -> bool:
 
 @lru_cache(maxsize=4096)
 def _same_expression(left: Key, right: Key) -> bool:
-    difference = left - right
-    return bool(difference == 0 or difference.expand() == 0)
+    if _at_a_point(left) != _at_a_point(right):
+        return False  # algebra is slow, and nearly all that is asked about differs
+    return bool((left - right).expand() == 0)
+
+
+@lru_cache(maxsize=4096)
+def _at_a_point(key: Key) -> Key:
+    """The value of an expression where every symbol is a number of its own."""
+    if isinstance(key, int):
+        return key
+    return key.xreplace({s: Integer(97 + crc32(s.name.encode()) % 997) for s in key.free_symbols})
+
+
+def agree(left: Size, right: Size) -> bool:
+    """Whether two sizes that must be equal can be: unlike `same_key`, this is no proof.
+
+    A size known when compiling agrees with nothing but itself; symbols agree if they stand for
+    equal sizes of the example inputs. For two operands of one operator that is enough, since the
+    operator fails, or Dynamo guards, where they differ.
+    """
+    if left is right:
+        return True
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    if same_key(key_of(left), key_of(right)):
+        return True
+    hints = [size if isinstance(size, int) else size.node.hint for size in (left, right)]
+    return hints[0] is not None and bool(hints[0] == hints[1])
 
 
 @lru_cache(maxsize=4096)
@@ -112,6 +139,11 @@ def product(sizes: Sequence[Size]) -> Size:
     return total
 
 
+def is_compound(key: Key) -> bool:
+    """Whether a size is computed from symbols, rather than being one or a number."""
+    return not isinstance(key, int) and not key.is_Symbol
+
+
 def is_zero(key: Key) -> bool:
     return bool(key == 0)
 
@@ -119,8 +151,10 @@ def is_zero(key: Key) -> bool:
 __all__ = [
     "Group",
     "Key",
+    "agree",
     "align_products",
     "align_sums",
+    "is_compound",
     "is_zero",
     "key_of",
     "product",

@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gna_compile.graph.align import (
     Group,
     Key,
+    agree,
     align_products,
     align_sums,
+    is_compound,
     is_zero,
     key_of,
     product,
@@ -61,8 +62,8 @@ class Dim:
         grids: every decomposition seen; those that agree are kept as one.
         units: how many leading axes of size 1 its grid has (a video of one frame).
         segments: what it is the concatenation of, in order; () if it is none.
-        is_opaque: made by an operator that may reorder tokens, so that it may or may not be some
-            other dimension.
+        is_opaque: made by an operator that may reorder what lies along it, as far as is known.
+        slice_of: the dimension that it is a slice of.
         is_spatial: a convolution or the like runs along it: an axis of space or time by itself.
         is_unpatched: merged, as the slower part, with something else, as (height, patch) are.
         ids: graph inputs of position ids that are indexed by it.
@@ -76,6 +77,7 @@ class Dim:
     units: int = 0
     segments: tuple[Dim, ...] = ()
     is_opaque: bool = False
+    slice_of: Dim | None = None
     is_spatial: bool = False
     is_unpatched: bool = False
     ids: tuple[fx.Node, ...] = ()
@@ -96,7 +98,6 @@ class Axes:
         self._merges: dict[tuple[int, ...], Dim] = {}
         self._concatenations: dict[tuple[int, ...], Dim] = {}
         self._slices: dict[tuple[int, Key, Key, Key], Dim] = {}
-        self._proven: dict[tuple[Key, Key], bool] = {}
         self.unit = self.new(1)
         """The dimension of size 1. It has one position, so it identifies nothing and is shared."""
 
@@ -119,21 +120,28 @@ class Axes:
         while root.parent is not None:
             root = root.parent
         while dim is not root:
-            dim.parent, dim = root, dim.parent  # type: ignore[assignment]
+            dim.parent, dim = root, dim.parent
         return root
 
     def unify(self, left: Dim, right: Dim) -> Dim:
-        """Says that both are one dimension; does nothing if their sizes are not provably equal."""
+        """Says that both are one dimension, because an operator requires it of its operands.
+
+        Does nothing if their sizes differ: an operator may also broadcast.
+        """
         left, right = self.find(left), self.find(right)
         if left is right or left.is_unit or right.is_unit:
             return left
-        if not self._same_size(left, right):
+        if not agree(left.size, right.size):
             return left
         if right.serial < left.serial:
             left, right = right, left
         right.parent = left
+        if is_compound(right.key) and not is_compound(left.key):
+            # Sizes further on are written in terms of what the tokens were computed from.
+            left.size, left.key = right.size, right.key
         left.units = max(left.units, right.units)
         left.is_opaque = left.is_opaque and right.is_opaque
+        left.slice_of = left.slice_of or right.slice_of
         left.is_spatial = left.is_spatial or right.is_spatial
         left.is_unpatched = left.is_unpatched or right.is_unpatched
         left.ids += tuple(node for node in right.ids if node not in left.ids)
@@ -149,25 +157,27 @@ class Axes:
             self.unify(one, other)
 
     def reshaped(
-        self, shape: Shape, sizes: Sequence[Size], source: str, groups: Sequence[Group] | None = None
+        self,
+        shape: Shape,
+        old_sizes: Sequence[Size],
+        sizes: Sequence[Size],
+        source: str,
+        groups: Sequence[Group] | None = None,
     ) -> Shape:
-        """The dimensions after a reshape to `sizes`.
+        """The dimensions after a reshape from `old_sizes` to `sizes`.
 
         Args:
             groups: which dimensions make up which, if the operator says so itself.
         """
         keys = tuple(key_of(size) for size in sizes)
-        before = tuple(dim.key for dim in shape)
+        before = tuple(key_of(size) for size in old_sizes)
         if any(is_zero(key) for key in (*before, *keys)):
-            return tuple(self.new(size, opaque=True) for size in sizes)
+            return tuple(self.new(size) for size in sizes)
         is_exact = groups is not None
         result: dict[int, Dim] = {}
         for ins, outs in groups if groups is not None else align_products(before, keys):
             result |= self._regrouped(shape, ins, sizes, keys, outs, source, is_exact)
-        return tuple(
-            result[i] if i in result else self.new(size, opaque=True)
-            for i, size in enumerate(sizes)
-        )
+        return tuple(result[i] if i in result else self.new(size) for i, size in enumerate(sizes))
 
     def merged(self, dims: Sequence[Dim], source: str) -> Dim:
         """The raster merge of dimensions, slowest first."""
@@ -201,13 +211,13 @@ class Axes:
                 parts = self._realigned(factors, sizes, keys, source)
                 if parts is not None:
                     return parts
-        parts = tuple(self.new(size) for size in sizes)
+        parts = tuple(self.new(size, opaque=dim.is_opaque) for size in sizes)
         dim.grids.append(Grid(parts, False, source))
         self._merges.setdefault(tuple(part.serial for part in parts), dim)
         return parts
 
     def concatenated(self, dims: Sequence[Dim]) -> Dim:
-        """The concatenation of dimensions."""
+        """The concatenation of dimensions, in order."""
         parts: list[Dim] = []
         for dim in dims:
             dim = self.find(dim)
@@ -228,7 +238,9 @@ class Axes:
         total: Size = 0
         for part in parts:
             total = total + part.size
-        whole = self.new(total)
+        origins = [self.find(part.slice_of) for part in parts if part.slice_of is not None]
+        # Pieces of one dimension, put together in another order: rolled by hand.
+        whole = self.new(total, opaque=len(origins) > len(set(origins)))
         whole.segments = tuple(parts)
         self._concatenations[name] = whole
         return whole
@@ -252,7 +264,9 @@ class Axes:
         known = self._slices.get(name)
         if known is None:
             length = stop - start if by == 1 else (stop - start + step - 1) // step
-            known = self._slices[name] = self.new(length, opaque=True)
+            known = self._slices[name] = self.new(length, opaque=dim.is_opaque)
+            if not known.is_unit:
+                known.slice_of = dim
         return known
 
     def flat_segments(self, dim: Dim) -> Shape:
@@ -260,16 +274,6 @@ class Axes:
         return self._flat(self.find(dim))
 
     # What follows compares and refines parts.
-
-    def _same_size(self, left: Dim, right: Dim) -> bool:
-        if same_key(left.key, right.key):
-            return True
-        if isinstance(left.key, int) and isinstance(right.key, int):
-            return False
-        pair = (left.key, right.key)
-        if pair not in self._proven:
-            self._proven[pair] = statically_known_true(left.size == right.size)
-        return self._proven[pair]
 
     def _flat(self, dim: Dim) -> Shape:
         if not dim.segments:
@@ -302,7 +306,7 @@ class Axes:
         dims = [self.find(shape[i]) for i in ins if not shape[i].is_unit]
         wide = [j for j in outs if keys[j] != 1]
         targets = [sizes[j] for j in wide]
-        result = {j: self.unit for j in outs}
+        result = dict.fromkeys(outs, self.unit)
         parts: Shape | None
         if len(wide) == 1 and dims:
             whole = self.merged(dims, source)
@@ -312,11 +316,15 @@ class Axes:
         elif len(dims) == 1 and wide:
             parts = self.split(dims[0], targets, source)
             dims[0].units = max(dims[0].units, _leading_units([keys[j] for j in outs], outs))
+        elif dims and wide:
+            # A reshape to another shape of the same positions, perhaps to be undone later.
+            parts = self._realigned(
+                self._leaves(dims), targets, tuple(keys[j] for j in wide), source
+            )
+            if parts is None:
+                parts = self.split(self.merged(dims, source), targets, source)
         else:
-            wanted = tuple(keys[j] for j in wide)
-            parts = self._realigned(self._leaves(dims), targets, wanted, source)
-        if parts is None:
-            parts = tuple(self.new(size, opaque=True) for size in targets)
+            parts = tuple(self.new(size) for size in targets)
         return result | dict(zip(wide, parts, strict=True))
 
     def _realigned(

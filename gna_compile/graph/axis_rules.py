@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from gna_compile.graph.align import Group
+from gna_compile.graph.align import Group, key_of, same_key
 from gna_compile.graph.axes import Axes, Dim, Shape
-from gna_compile.graph.values import Size, argument_of, tensor_of
+from gna_compile.graph.values import Size, argument_of, is_known, tensor_of
 
-Value = Union[Shape, list["Value"], None]
+Value: TypeAlias = "Shape | list[Value] | None"
 """The dimensions of a tensor, a list for a tuple of tensors, None for anything else."""
 
 
@@ -63,6 +63,13 @@ class Operands:
         return tuple(values)
 
     @property
+    def first_sizes(self) -> Sequence[Size]:
+        tensor = tensor_of(self.argument(0, "input", "self", "x"))
+        if tensor is None:
+            raise Unruled
+        return tensor.shape
+
+    @property
     def result_sizes(self) -> Sequence[Size]:
         tensor = tensor_of(self.node)
         if tensor is None:
@@ -72,8 +79,8 @@ class Operands:
     def fresh(self, size: Size) -> Dim:
         return self.axes.new(size)
 
-    def lost(self, size: Size) -> Dim:
-        """A dimension that may be one of the operand's, in another order."""
+    def disordered(self, size: Size) -> Dim:
+        """A dimension along which order may mean nothing."""
         return self.axes.new(size, opaque=True)
 
 
@@ -182,7 +189,7 @@ def same(call: Operands) -> Value:
 
 @_rule("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "_reshape_alias")
 def reshape(call: Operands) -> Value:
-    return call.axes.reshaped(call.first, call.result_sizes, "reshape")
+    return call.axes.reshaped(call.first, call.first_sizes, call.result_sizes, "reshape")
 
 
 @_rule("flatten", "ravel")
@@ -192,7 +199,8 @@ def flatten(call: Operands) -> Value:
         return (call.axes.unit,)
     start = position(call.argument(1, "start_dim", default=0), len(shape))
     stop = position(call.argument(2, "end_dim", default=-1), len(shape))
-    return call.axes.reshaped(shape, sizes, "flatten", _run(len(shape), start, stop + 1, start + 1))
+    groups = _run(len(shape), start, stop + 1, start + 1)
+    return call.axes.reshaped(shape, call.first_sizes, sizes, "flatten", groups)
 
 
 @_rule("unflatten")
@@ -200,7 +208,8 @@ def unflatten(call: Operands) -> Value:
     shape, sizes = call.first, call.result_sizes
     start = position(call.argument(1, "dim"), len(shape))
     stop = start + 1 + len(sizes) - len(shape)
-    return call.axes.reshaped(shape, sizes, "unflatten", _run(len(shape), start, start + 1, stop))
+    groups = _run(len(shape), start, start + 1, stop)
+    return call.axes.reshaped(shape, call.first_sizes, sizes, "unflatten", groups)
 
 
 def _run(rank: int, start: int, stop: int, new_stop: int) -> list[Group]:
@@ -231,8 +240,6 @@ def transpose(call: Operands) -> Value:
 @_rule("t", "T", "numpy_T", "adjoint", "mT", "mH", "H")
 def matrix_transpose(call: Operands) -> Value:
     shape = call.first
-    if len(shape) > 2 and call.node.target in ("t",):
-        raise Unruled
     return (*shape[:-2], *reversed(shape[-2:]))
 
 
@@ -287,7 +294,9 @@ def repeat(call: Operands) -> Value:
     shape = (call.axes.unit,) * (len(sizes) - len(shape)) + shape
     counts = (1,) * (len(sizes) - len(counts)) + counts
     return tuple(
-        dim if isinstance(count, int) and count == 1 else call.fresh(size)
+        dim
+        if isinstance(count, int) and count == 1
+        else (call.fresh(size) if dim.is_unit else call.disordered(size))
         for dim, size, count in zip(shape, sizes, counts, strict=True)
     )
 
@@ -315,7 +324,7 @@ def stack(call: Operands) -> Value:
     shapes = _shapes(call, call.argument(0, "tensors"))
     index = position(call.argument(1, "dim", default=0), len(shapes[0]) + 1)
     shape = broadcast(call.axes, shapes)
-    return (*shape[:index], call.fresh(len(shapes)), *shape[index:])
+    return (*shape[:index], call.disordered(len(shapes)), *shape[index:])
 
 
 def _shapes(call: Operands, argument: Any) -> list[Shape]:
@@ -364,12 +373,8 @@ def select(call: Operands) -> Value:
 def narrow(call: Operands) -> Value:
     shape = call.first
     index = position(call.argument(1, "dim"), len(shape))
-    start, length = (
-        size_of(call.argument(2, "start")),
-        size_of(call.argument(3, "length")),
-    )
-    if isinstance(start, int) and start < 0:
-        start = shape[index].size + start
+    start = _bound(size_of(call.argument(2, "start")), shape[index].size)
+    length = size_of(call.argument(3, "length"))
     return replaced(shape, index, [call.axes.sliced(shape[index], start, start + length)])
 
 
@@ -388,8 +393,14 @@ def setitem(call: Operands) -> Value:
 
 
 def indexed(call: Operands, shape: Shape, index: Any) -> Shape:
-    """The dimensions of `tensor[index]` for ints, slices, None and Ellipsis."""
+    """The dimensions of `tensor[index]` for ints, slices, None, Ellipsis and one tensor of ints.
+
+    What a tensor of ints picks lies as the ints do, not as what it is picked from.
+    """
     items = index if isinstance(index, tuple) else (index,)
+    picks = [item for item in items if isinstance(item, int | fx.Node)]
+    if len(picks) > 1 and any(_is_int_tensor(item) for item in picks):
+        raise Unruled  # the picked dimensions may come first
     taken = sum(item is not None and item is not Ellipsis for item in items)
     result: list[Dim] = []
     at = 0
@@ -399,15 +410,23 @@ def indexed(call: Operands, shape: Shape, index: Any) -> Shape:
         elif item is Ellipsis:
             stop = len(shape) - (taken - at)
             result.extend(shape[at:stop])
-            taken += stop - at
             at = stop
         elif isinstance(item, slice):
             result.append(_sliced(call, shape[at], item))
             at += 1
         else:
-            size_of(item)
+            if _is_int_tensor(item):
+                result.extend(call.shape(item))
+            else:
+                size_of(item)
             at += 1
     return (*result, *shape[at:])
+
+
+def _is_int_tensor(item: Any) -> bool:
+    tensor = tensor_of(item)
+    whole = (torch.int64, torch.int32, torch.int16, torch.int8)
+    return tensor is not None and tensor.dtype in whole
 
 
 def _sliced(call: Operands, dim: Dim, item: slice) -> Dim:
@@ -422,11 +441,11 @@ def _sliced(call: Operands, dim: Dim, item: slice) -> Dim:
 
 
 def _bound(bound: Size, size: Size) -> Size:
-    if isinstance(bound, int) and bound < 0:
+    """A slice's bound, counted from the front and within the dimension as far as can be told."""
+    if is_known(bound < 0):
         bound = size + bound
-        return max(bound, 0) if isinstance(bound, int) else bound
     if isinstance(bound, int) and isinstance(size, int):
-        return min(bound, size)
+        return min(max(bound, 0), size)
     return bound
 
 
@@ -517,17 +536,104 @@ def view_as_real(call: Operands) -> Value:
 @_rule("conv1d", "conv2d", "conv3d")
 def conv(call: Operands) -> Value:
     shape, sizes = call.first, call.result_sizes
-    rank = len(sizes) - (len(sizes) - int(str(call.node.target)[-2] == "v")) if False else None
-    del rank
-    stride = call.argument(3, "stride", default=1)
-    keeps = all(item == 1 for item in _as_tuple(stride) if isinstance(item, int))
-    spatial = _spatial_rank(call)
-    result = [*shape[: len(shape) - spatial - 1], call.fresh(sizes[-spatial - 1])]
-    for dim, size in zip(shape[len(shape) - spatial :], sizes[-spatial:], strict=True):
-        _mark_spatial(call.axes, dim)
-        # Padding is symmetric, so with stride 1 an equal size means that nothing moved.
-        is_same = keeps and isinstance(size, int) and dim.key == size
-        kept = dim if is_same else call.lost(size)
-        _mark_spatial(call.axes, kept)
-        result.append(kept)
+    spatial = len(call.shape(call.argument(1, "weight"))) - 2
+    stride = _as_tuple(call.argument(3, "stride", default=1))
+    channel = len(shape) - spatial - 1
+    result = [*shape[:channel], call.fresh(sizes[channel])]
+    for dim, size in zip(shape[channel + 1 :], sizes[channel + 1 :], strict=True):
+        # Padding is symmetric: with stride 1, an equal size means that no position moved.
+        stays = set(stride) == {1} and same_key(dim.key, key_of(size))
+        result.append(_spatial(call, dim if stays else call.fresh(size)))
+        _spatial(call, dim)
     return tuple(result)
+
+
+@_rule(
+    *("interpolate", "upsample", "grid_sample", "pixel_shuffle", "pixel_unshuffle"),
+    *("avg_pool2d", "avg_pool3d", "max_pool2d", "max_pool3d", "adaptive_avg_pool2d"),
+    *("adaptive_avg_pool3d", "conv_transpose2d", "conv_transpose3d"),
+)
+def resampled(call: Operands) -> Value:
+    shape, sizes = call.first, call.result_sizes
+    for dim in shape[2:]:
+        _spatial(call, dim)
+    channel = shape[1] if shape[1].key == key_of(sizes[1]) else call.fresh(sizes[1])
+    return (shape[0], channel, *(_spatial(call, call.fresh(size)) for size in sizes[2:]))
+
+
+def _spatial(call: Operands, dim: Dim) -> Dim:
+    dim = call.axes.find(dim)
+    if not dim.is_unit:
+        dim.is_spatial = True
+    return dim
+
+
+@_rule("pad")
+def pad(call: Operands) -> Value:
+    shape, sizes = call.first, call.result_sizes
+    amounts = list(call.argument(1, "pad"))
+    result = list(shape)
+    is_constant = call.argument(2, "mode", default="constant") == "constant"
+    for i in range(len(amounts) // 2):
+        before, after = amounts[2 * i : 2 * i + 2]
+        index = len(shape) - 1 - i
+        if before == after == 0:
+            continue
+        if is_constant and all(isinstance(n, int) and n >= 0 for n in (before, after)):
+            around = [call.fresh(before), shape[index], call.fresh(after)]
+            result[index] = call.axes.concatenated(around)
+        else:
+            result[index] = call.disordered(sizes[index])
+    return tuple(result)
+
+
+@_rule(
+    *("mean", "sum", "prod", "amax", "amin", "any", "all", "norm", "std", "var", "var_mean"),
+    *("std_mean", "logsumexp", "argmax", "argmin", "nansum", "nanmean", "count_nonzero", "median"),
+)
+def reduction(call: Operands) -> Value:
+    shape = call.first
+    chosen = call.argument(1, "dim", "axis")
+    reduced = (
+        range(len(shape))
+        if chosen is None
+        else [position(i, len(shape)) for i in _as_tuple(chosen)]
+    )
+    result = call.node.meta.get("example_value")
+    pieces = result if isinstance(result, list | tuple) else [result]
+    keeps = isinstance(pieces[0], torch.Tensor) and pieces[0].dim() == len(shape)
+    reducing = [call.axes.unit] if keeps else []
+    left = tuple(
+        dim for i, kept in enumerate(shape) for dim in (reducing if i in reduced else [kept])
+    )
+    return [left] * len(pieces) if isinstance(result, list | tuple) else left
+
+
+@_rule("max", "min")
+def extremum(call: Operands) -> Value:
+    other = call.argument(1, "other", "dim")
+    if isinstance(other, fx.Node) and tensor_of(other) is not None:
+        return pointwise(call)
+    return reduction(call)
+
+
+@_rule("scaled_dot_product_attention")
+def attention(call: Operands) -> Value:
+    query = call.first
+    key = call.shape(call.argument(1, "key"))
+    value = call.shape(call.argument(2, "value"))
+    axes = call.axes
+    axes.unify(query[-1], key[-1])
+    axes.unify(key[-2], value[-2])
+    broadcast(axes, [query[:-3], key[:-3], value[:-3]])
+    if len(key) > 2:
+        axes.unify(key[-3], value[-3])
+    return (*query[:-1], value[-1])
+
+
+@_rule("getattr")
+def attribute(call: Operands) -> Value:
+    rule = RULES.get(str(call.argument(1)))
+    if rule not in (matrix_transpose, pointwise):
+        raise Unruled
+    return rule(call) if rule is matrix_transpose else call.first

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
 
-from gna_compile.graph.tokens import Layout
+from gna_compile.graph.layouts import Layout
 from gna_compile.graph.sites import Site
 from gna_compile.policy import Parameters
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,6 +82,10 @@ def constant(argument: Any, *, pin: bool = True) -> float | None:
     tensor = tensor_of(argument)
     if value is not None or tensor is None or tensor.dim() != 0:
         return value
+    if any(operator_name(user) not in ("mul", "div", "sqrt") for user in argument.users):
+        return None  # it may be changed, or seen through a view
+    if any(argument in written_by(user) for user in argument.users):
+        return None
     name = operator_name(argument)
     if name == "full":
         value = number(argument_of(argument, 1, "fill_value"), pin=pin)
@@ -180,28 +186,52 @@ def operator_name(node: fx.Node) -> str:
     return _NAMES.get(name, name)
 
 
+_NOT_IN_PLACE = frozenset({"__index__", "__init__", "__int__", "__invert__", "__iter__"})
+
+
 def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensors that a call changes in place (its first operand, or `out=`); () for most calls."""
-    written: list[Any] = []
-    if node.op == "call_method":
-        name = str(node.target)
-        if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
-            written.append(node.args[0])
-    elif node.op == "call_function":
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            for position, argument in enumerate(target._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written.append(argument_of(node, position, argument.name))
-        else:
-            name = getattr(target, "__name__", "")
-            private = name.startswith("_") or name.endswith("__")
-            if target in _IN_PLACE or (name.endswith("_") and not private):
-                written.append(argument_of(node, 0, "input", "self"))
-    written.append(node.kwargs.get("out"))
+    written: list[Any] = [node.kwargs.get("out")]
+    first = argument_of(node, 0, "input", "self")
+    target = node.target
     if node.kwargs.get("inplace") is True:
-        written.append(argument_of(node, 0, "input"))
-    return tuple(item for item in written if isinstance(item, fx.Node))
+        written.append(first)
+    if node.op == "call_method":
+        name = str(target)
+        dunder = name.startswith("__i") and name not in _NOT_IN_PLACE
+        if (name.endswith("_") and not name.endswith("__")) or dunder or name == "__setitem__":
+            written.append(first)
+    elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        for position, name in _written_arguments(target):
+            written.append(argument_of(node, position, name))
+    elif isinstance(target, torch._ops.HigherOrderOperator):
+        if "mutation" in target._name:  # a user's Triton kernel: any of its tensors
+            written.extend(node.all_input_nodes)
+    elif node.op == "call_function":
+        name = getattr(target, "__name__", "")
+        if target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+            written.append(first)
+    flat = [
+        item
+        for group in written
+        for item in (group if isinstance(group, list | tuple) else [group])
+    ]
+    return tuple(dict.fromkeys(item for item in flat if isinstance(item, fx.Node)))
+
+
+@cache
+def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator, or an overload of it, writes to."""
+    overloads = [target]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+    written = {
+        (sys.maxsize if argument.kwarg_only else position, argument.name): None
+        for overload in overloads
+        for position, argument in enumerate(overload._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+    return tuple(written)
 
 
 def shares_memory(left: fx.Node, right: fx.Node) -> bool:

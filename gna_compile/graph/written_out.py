@@ -44,6 +44,7 @@ _SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
 _SHAPE_ONLY = frozenset({"size", "dim", "numel", "stride", "zeros_like", "ones_like", "empty_like"})
 _SHAPE_ONLY |= {"full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 _SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
+_GRADIENT_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 _MOST_STEPS = 24
 
 Obstacle = tuple[Reason, str]
@@ -614,7 +615,7 @@ def _changed_between(
                         Reason.SHAPE,
                         f"{current.name} overwrites {operand.node.name} between its use and the output",
                     )
-        if current.target is torch._C._set_grad_enabled:
+        if getattr(current.target, "__name__", "") in _GRADIENT_MODES:
             return (Reason.WEIGHTS_USED, "gradients are switched on or off inside the attention")
         pending = [(start, operand) for start, operand in pending if start is not current]
         current = current.prev

@@ -80,9 +80,7 @@ class Portable:
     ) -> None:
         # The fused backward has no place for the logsumexp's gradient.
         fused = (
-            grad_logsumexp is None
-            and _bounded(query, key, scale)
-            and _bounded(grad_output, value)
+            grad_logsumexp is None and _bounded(query, key, scale) and _bounded(grad_output, value)
         )
         scratch = _Scratch()
         for part in _parts(problem):
@@ -213,9 +211,7 @@ class _Step:
             )
             hidden = torch.cat([prefix, visible, suffix], dim=1)[:, None, None]
             key, value = (_without(tensor, hidden) for tensor in (key, value))
-        return _Tile(
-            self._neighborhood, None, self._query, key, value, hidden, self._scratch
-        )
+        return _Tile(self._neighborhood, None, self._query, key, value, hidden, self._scratch)
 
     def _grid_tiles(self) -> Iterator[_Tile]:
         cut = cut_grid(self._neighborhood, self._group)

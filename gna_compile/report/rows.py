@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gna_compile.decide import Decision, hint
-from gna_compile.graph.tokens import Layout
+from gna_compile.graph.layouts import Layout
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,447 @@
+"""The backend as a user meets it: options, guards, phases, prepare, training, caches."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gna_compile
+import oracle
+from gna_compile.backend import gna
+from gna_compile.options import OptionsError
+from gna_compile.prepare import stamp_of
+from masked_model import masked
+from models import build, flux_ids, main_output
+
+GRID = (6, 8)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = 32, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(x)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(x)
+
+
+class Net(nn.Module):
+    """Patchify, blocks; images [batch, 3, H, W] with the token grid (H / 2, W / 2)."""
+
+    def __init__(self, depth: int = 2, checkpoint: bool = False) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 2, 2)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.checkpoint = checkpoint
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch(image).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            if self.checkpoint:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+def policy(*rules: dict[str, Any], **top: Any) -> dict[str, Any]:
+    return {"version": 1, "min_tokens": 0, **top, "rules": list(rules) or [{"window": 3}]}
+
+
+def image(grid: tuple[int, int] = GRID) -> Tensor:
+    return torch.randn(1, 3, 2 * grid[0], 2 * grid[1])
+
+
+def run_masked(model: nn.Module, x: Tensor, window: tuple[int, int] = (3, 3), grid: tuple[int, int] = GRID, layers: str = "*") -> Tensor:
+    with masked(model, {layers: oracle.mask(grid, window)}):
+        return model(x)
+
+
+def compiled(model: Any, the_policy: Any, inner: str = "aot_eager", **kwargs: Any) -> Any:
+    return torch.compile(model, backend="gna", options={"policy": the_policy, "inner": inner}, **kwargs)
+
+
+def test_works_without_importing_the_package(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+class M(torch.nn.Module):
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2).unsqueeze(1)
+        return sdpa(x, x, x)
+assert not any(name.startswith("gna_compile") for name in sys.modules)
+policy = {"version": 1, "min_tokens": 0, "rules": [{"window": 3}]}
+m = M()
+out = torch.compile(m, backend="gna", options={"policy": policy, "inner": "eager"})(torch.randn(1, 8, 6, 8))
+assert "gna_compile.ops" in sys.modules
+print("ok", tuple(out.shape))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.strip() == "ok (1, 1, 48, 8)", result.stderr
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_training(dynamic: bool, checkpoint: bool) -> None:
+    model = Net(checkpoint=checkpoint)
+    run = compiled(model, policy(), dynamic=dynamic, fullgraph=True)
+    for grid in ((6, 8), (8, 10)):
+        x = image(grid)
+        expected = run_masked(model, x, grid=grid)
+        actual = run(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        seed = torch.randn_like(actual)
+        ours = torch.autograd.grad(actual, list(model.parameters()), seed)
+        theirs = torch.autograd.grad(expected, list(model.parameters()), seed)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_gives_the_dtype_that_dense_attention_gives() -> None:
+    model, x = Net(), image()
+    with torch.autocast("cpu", torch.bfloat16):
+        dense, actual = model(x), compiled(model, policy())(x)
+        expected = run_masked(model, x)
+    assert actual.dtype == dense.dtype
+    torch.testing.assert_close(actual, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_inference(context: Any) -> None:
+    model, x = Net(), image()
+    with context():
+        torch.testing.assert_close(compiled(model, policy())(x), run_masked(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_first_matching_rule_wins_by_layer() -> None:
+    model, x = Net(), image()
+    rules = policy({"layers": "blocks.1", "dense": True}, {"window": 3})
+    expected = run_masked(model, x, layers="blocks.0.attn")
+    torch.testing.assert_close(compiled(model, rules)(x), expected, rtol=1e-4, atol=1e-5)
+    rows = gna_compile.explain(model, x, policy=rules, quiet=True).rows
+    assert [row.reason for row in rows] == ["", "rule-dense"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        (policy({"layers": "nothing.*", "window": 3}), "no-rule"),
+        (policy({"dense": True}), "rule-dense"),
+        (policy(min_tokens=49), "too-few-tokens"),
+        (policy({"window": 7}), "window-exceeds-grid"),
+        (policy({"window": "full"}), "window-covers-grid"),
+        (policy({"window": [3, 3, 3]}), "layout-mismatch"),
+        (policy({"window": [5, 7]}, min_speedup=3.0), "predicted-slowdown"),
+        (policy({"window": 3}, layout={"grid": [8, 6]}), "layout-mismatch"),
+        (policy({"window": 3}, layout={"grid": [5, 7]}), "layout-mismatch"),
+    ],
+)
+def test_declined_sites_are_dense_with_a_reason(rules: dict[str, Any], reason: str) -> None:
+    model, x = Net(), image()
+    rows = gna_compile.explain(model, x, policy=rules, quiet=True).rows
+    assert {row.reason for row in rows} == {reason}
+    assert torch.equal(compiled(model, rules)(x), torch.compile(model, backend="aot_eager")(x))
+
+
+def test_nothing_rewritten_gives_inductors_own_code() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model, x = Net(), image()
+    with torch.no_grad():
+        expected, theirs = run_and_get_code(torch.compile(model, backend="inductor"), x)
+        torch._dynamo.reset()
+        run = compiled(model, policy({"dense": True}), inner="inductor")
+        actual, ours = run_and_get_code(run, x)
+    assert torch.equal(actual, expected)
+    assert [strip_paths(code) for code in ours] == [strip_paths(code) for code in theirs]
+
+
+def strip_paths(code: str) -> list[str]:
+    return [line for line in code.splitlines() if "AOT ID" not in line and "kernel path" not in line]
+
+
+def test_dense_sites_beside_rewritten_ones_stay_as_they_were() -> None:
+    model, x = Net(), image()
+    diff = gna_compile.graph_diff(model, x, policy=policy({"layers": "blocks.0", "window": 3}))
+    assert diff.count("-") and diff.count("gna.attention.v1") == 1
+    assert sum(line.startswith("-") and "scaled_dot" in line for line in diff.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"polcy": "x"}, "did you mean 'policy'"),
+        ({"policy": policy(), "max_autotune": True}, "under 'inductor'"),
+        ({"policy": policy(), "inner": 3}, "'inner'"),
+        ({"policy": policy(), "inner": "eager", "mode": "reduce-overhead"}, "Inductor's"),
+        ({"policy": policy(), "verify_masks": 1}, "'verify_masks'"),
+    ],
+)
+def test_bad_options_teach(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionsError, match=message):
+        gna(torch.fx.symbolic_trace(nn.Identity()), [], options=options)
+
+
+def test_without_a_policy_it_warns_and_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Net(), image()
+    with caplog.at_level(logging.WARNING, "gna_compile"):
+        out = torch.compile(model, backend="gna", options={"inner": "aot_eager"})(x)
+    assert "no policy" in caplog.text
+    assert torch.equal(out, torch.compile(model, backend="aot_eager")(x))
+
+
+def test_mode_and_inductor_options_reach_inductor() -> None:
+    model, x = Net(), image()
+    options = {"policy": policy(), "mode": "reduce-overhead", "inductor": {"max_autotune": False}}
+    with torch.no_grad():
+        out = torch.compile(model, backend="gna", options=options)(x)
+        torch.testing.assert_close(out, run_masked(model, x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match="no_such_option"):
+        bad = {"policy": policy(), "inductor": {"no_such_option": 1}}
+        torch.compile(Net(), backend="gna", options=bad)(x)
+
+
+PHASED = policy({"phases": "warmup", "dense": True}, {"window": 3}, phases=["warmup"])
+
+
+def test_phases_switch_without_recompiling() -> None:
+    model, x = Net(), image()
+    run = compiled(model, PHASED)
+    sparse, dense = run_masked(model, x), model(x)
+    torch.testing.assert_close(run(x), sparse, rtol=1e-4, atol=1e-5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        with gna_compile.phase("warmup"):
+            torch.testing.assert_close(run(x), dense, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(x), sparse, rtol=1e-4, atol=1e-5)
+    with gna_compile.phase("warm-up"), pytest.raises(ValueError, match="'warmup'"):
+        run(x)
+
+
+def test_a_phase_belongs_to_its_thread() -> None:
+    model, x = Net(), image()
+    run = compiled(model, PHASED)
+    expected = {"default": run(x)}
+    with gna_compile.phase("warmup"):
+        expected["warmup"] = run(x)
+    results: dict[str, Tensor] = {}
+    ready = threading.Barrier(2)
+
+    def work(name: str) -> None:
+        gna_compile.set_phase(name)
+        ready.wait()
+        results[name] = run(x)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert gna_compile.current_phase() == "default"
+    for name, result in expected.items():
+        torch.testing.assert_close(results[name], result)
+
+
+def test_phase_schedule_follows_the_policy() -> None:
+    phased = policy({"phases": "warmup", "dense": True}, {"window": 3}, phases={"warmup": {"first": 2, "of": 5}})
+    seen = []
+    with gna_compile.phase("default"):
+        schedule = gna_compile.PhaseSchedule(phased, steps=5)
+        for _run in range(2):
+            for step in range(5):
+                seen.append(gna_compile.current_phase())
+                assert schedule(None, step, None, {"latents": 1}) == {"latents": 1}
+    assert seen == ["warmup", "warmup", "default", "default", "default"] * 2
+
+
+def compile_blocks(model: Net) -> list[int]:
+    compiled_graphs = []
+
+    def counting(gm: Any, inputs: Any) -> Any:
+        compiled_graphs.append(1)
+        return gna(gm, inputs, options={"inner": "aot_eager"})
+
+    for block in model.blocks:
+        block.compile(backend=counting, fullgraph=True)
+    return compiled_graphs
+
+
+def test_regional_compilation_by_rule() -> None:
+    model, x = Net(depth=4), image()
+    layers = policy({"index": "0-1", "window": 3}, {"dense": True})
+    expected = run_masked(model, x, layers="blocks.[01].attn")
+    gna_compile.prepare(model, layers, layout={"grid": list(GRID)})
+    graphs = compile_blocks(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2, "layers with one rule share a graph, others have their own"
+    gna_compile.prepare(model, policy(), layout={"grid": list(GRID)})
+    torch.testing.assert_close(model(x), run_eager(model, x), rtol=1e-4, atol=1e-5)
+
+
+def run_eager(model: Net, x: Tensor) -> Tensor:
+    twin = Net(depth=len(model.blocks))
+    twin.load_state_dict(model.state_dict())
+    return run_masked(twin, x)
+
+
+def test_an_attention_module_compiled_by_itself_is_guarded() -> None:
+    first, second = Attention(), Attention()
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(1, 48, 32)
+    gna_compile.prepare(first, policy(), layout={"grid": list(GRID)})
+    gna_compile.prepare(second, policy({"dense": True}), layout={"grid": list(GRID)})
+    for module in (first, second):
+        module.compile(backend="gna", options={"inner": "aot_eager"})
+    dense = second(x)
+    assert not torch.allclose(first(x), dense)
+    gna_compile.prepare(first, policy({"dense": True}), layout={"grid": list(GRID)})
+    torch.testing.assert_close(first(x), dense)
+
+
+def test_prepare_survives_copies_and_can_be_undone() -> None:
+    model = Net()
+    before = list(model.state_dict())
+    gna_compile.prepare(model, policy())
+    assert list(model.state_dict()) == before
+    assert stamp_of(model.blocks[1].attn) is not None
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        stamp = stamp_of(twin.blocks[1].attn)
+        assert stamp is not None
+        assert stamp.name == "blocks.1.attn"
+        x = image()
+        out = torch.compile(twin, backend="gna", options={"inner": "aot_eager"}, fullgraph=True)(x)
+        torch.testing.assert_close(out, run_eager(model, x), rtol=1e-4, atol=1e-5)
+    gna_compile.unprepare(model)
+    assert all(stamp_of(module) is None for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_prepare_warns_of_the_recompile_limit(caplog: pytest.LogCaptureFixture) -> None:
+    rules = [{"index": i, "window": 3, "stride": 1 + i % 3, "dilation": 1 + i // 3} for i in range(9)]
+    with caplog.at_level(logging.WARNING, "gna_compile"):
+        gna_compile.prepare(Net(depth=9), policy(*rules))
+    assert "recompile_limit" in caplog.text
+
+
+def flux_inputs(grid: tuple[int, int]) -> dict[str, Any]:
+    built = build("flux")
+    return {**built.inputs, "img_ids": flux_ids(grid)}
+
+
+def flux_masked(model: nn.Module, inputs: dict[str, Any], grid: tuple[int, int]) -> Tensor:
+    text = inputs["encoder_hidden_states"].shape[1]
+    with torch.no_grad(), masked(model, {"*": oracle.mask(grid, (3, 3), prefix=text)}):
+        return main_output(model(**inputs))
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_packed_latents_follow_the_aspect_ratio(regional: bool) -> None:
+    model = build("flux").model
+    grids = [(8, 10), (10, 8), (4, 20), (8, 10)]
+    expected = [flux_masked(model, flux_inputs(grid), grid) for grid in grids]
+    gna_compile.prepare(model, policy())
+    run: Any = model
+    if regional:
+        model.compile_repeated_blocks(backend="gna", options={"inner": "aot_eager"}, fullgraph=True)
+    else:
+        run = torch.compile(model, backend="gna", options={"inner": "aot_eager"}, fullgraph=True)
+    for grid, wanted in zip(grids, expected, strict=True):
+        with torch.no_grad():
+            actual = main_output(run(**flux_inputs(grid)))
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [None, {"grid": [8, 10]}])
+def test_packed_latents_without_prepare_run_dense_on_another_grid(
+    layout: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = build("flux")
+    top = {"layout": layout} if layout else {}
+    run = compiled(built.model, policy(**top), fullgraph=True)
+    same, other = flux_inputs((8, 10)), flux_inputs((10, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            main_output(run(**same)), flux_masked(built.model, same, (8, 10)), rtol=1e-4, atol=1e-4
+        )
+        with caplog.at_level(logging.WARNING, "gna_compile"):
+            actual = main_output(run(**other))
+        torch.testing.assert_close(actual, main_output(built.model(**other)), rtol=1e-4, atol=1e-4)
+    assert "running dense" in caplog.text
+
+
+def test_verify_masks_catches_a_mask_that_hides_the_grid() -> None:
+    class Masked(nn.Module):
+        def forward(self, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+            x = torch.cat([image.flatten(2).transpose(1, 2), text], 1).unsqueeze(1)
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    image, text = torch.randn(1, 8, *GRID), torch.randn(1, 4, 8)
+    mask = torch.ones(1, 1, 1, 52, dtype=torch.bool)
+    mask[..., -2:] = False
+    options = {"policy": policy(key_mask="global_tokens"), "inner": "aot_eager", "verify_masks": True}
+    run = torch.compile(Masked(), backend="gna", options=options)
+    assert run(image, text, mask).isfinite().all()
+    mask[..., 3] = False
+    with pytest.raises(RuntimeError, match="hides tokens of the grid"):
+        run(image, text, mask)
+
+
+CACHE_SCRIPT = """
+import sys, torch
+from torch._dynamo.utils import counters
+sys.path[:0] = [{tests!r}]
+from test_backend import Net, policy
+torch.manual_seed(0)
+model = Net()
+x = torch.randn(1, 3, 12, 16)
+with torch.no_grad():
+    out = torch.compile(model, backend="gna", options={{"policy": policy({rule})}})(x)
+hits = counters["aot_autograd"]["autograd_cache_hit"]
+print(hits, f"{{out.double().abs().sum().item():.6f}}")
+"""
+
+
+def test_caches_tell_policies_and_layers_apart(tmp_path: Path) -> None:
+    def run(rule: str) -> tuple[int, float]:
+        script = CACHE_SCRIPT.format(tests=str(Path(__file__).parent), rule=rule)
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+        assert out.returncode == 0, out.stderr
+        hits, total = out.stdout.split()[-2:]
+        return int(hits), float(total)
+
+    cold, total = run('{"window": 3}')
+    warm, again = run('{"window": 3}')
+    assert (cold, warm) == (0, 1)
+    assert again == total
+    missed, other = run('{"window": 5}')
+    assert missed == 0
+    assert other != total
+    first, a = run('{"layers": "blocks.0", "window": 3}, {"dense": True}')
+    second, b = run('{"layers": "blocks.1", "window": 3}, {"dense": True}')
+    assert (first, second) == (0, 0)
+    assert a != b

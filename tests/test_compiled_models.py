@@ -1,0 +1,144 @@
+"""Real model classes through the backend: which sites are rewritten, and the numbers.
+
+The reference is the same model in eager mode with the brute-force mask given to SDPA. The tables
+are in `tests/golden`; `UPDATE_GOLDEN=1 pytest` writes them anew.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gna_compile
+import oracle
+from gna_compile.report.explain import Explanation
+from masked_model import masked
+from models import MODELS, Built, build, inputs_for, main_output
+
+GOLDEN = Path(__file__).parent / "golden"
+POLICY: dict[str, Any] = {
+    "version": 1,
+    "min_tokens": 60,
+    "key_mask": "global_tokens",
+    "rules": [{"window": "1/2", "stride": 2}],
+}
+FUSED = [name for name in MODELS if "mochi" not in name]
+
+
+def golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.is_file(), f"{path} is missing: run with UPDATE_GOLDEN=1 and look at it"
+    assert text == path.read_text()
+
+
+def table_text(explanation: Explanation) -> str:
+    lines = []
+    for row in explanation.rows:
+        became = f"gna {row.window} / {row.stride}" if row.decision == "gna" else row.reason
+        layout = f"{row.layout} ({row.layout_source})" if row.layout else "-"
+        shape = f"{row.heads}x{row.tokens}x{row.head_dim}"
+        lines.append(f"{row.layer or '?':60} {row.form:11} {shape:10} {layout:22} {became}")
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def masks_of(explanation: Explanation) -> dict[str, torch.Tensor]:
+    masks = {}
+    for row in explanation.rows:
+        if row.decision == "gna":
+            parts = row.layout.split(" + ")
+            index = next(i for i, part in enumerate(parts) if "x" in part)
+            before = sum(int(p) for p in parts[:index])
+            after = sum(int(p) for p in parts[index + 1 :])
+            sizes = [[int(n) for n in text.split("x")] for text in (parts[index], row.window, row.stride)]
+            masks[row.layer] = oracle.mask(*sizes, prefix=before, suffix=after)
+    return masks
+
+
+def compiled(built: Built, policy: Any = POLICY, **options: Any) -> Any:
+    return torch.compile(
+        built.model, backend="gna", options={"policy": policy, "inner": "aot_eager", **options}
+    )
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_decisions(name: str) -> None:
+    built = build(name)
+    explanation = gna_compile.explain(built.model, policy=POLICY, quiet=True, **built.inputs)
+    assert explanation.rows
+    golden(f"{name}.decisions.txt", table_text(explanation))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_numbers(name: str) -> None:
+    built = build(name)
+    explanation = gna_compile.explain(built.model, policy=POLICY, quiet=True, **built.inputs)
+    masks = masks_of(explanation)
+    dense = built.run()
+    with masked(built.model, masks):
+        expected = built.run()
+    if masks:
+        assert not torch.allclose(dense, expected, rtol=1e-3, atol=1e-3)
+    actual = built.run(compiled(built))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan-video", "flux", "vit"])
+def test_numbers_under_inductor(name: str) -> None:
+    built = build(name, batch=2)
+    with masked(built.model, masks_of(gna_compile.explain(built.model, policy=POLICY, quiet=True, **built.inputs))):
+        expected = built.run()
+    actual = built.run(compiled(built, inner="inductor"))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "clip", "timm-vit"])
+def test_attention_written_out(name: str) -> None:
+    fused, written = build(name), build(name, written_out=True)
+    explanation = gna_compile.explain(written.model, policy=POLICY, quiet=True, **written.inputs)
+    assert {row.form for row in explanation.rows} == {"written-out"}
+    assert {row.decision for row in explanation.rows} == {"gna"}
+    with masked(fused.model, masks_of(explanation)):
+        expected = fused.run()
+    torch.testing.assert_close(written.run(compiled(written)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wan", "cosmos", "sd3"])
+def test_one_graph_serves_several_resolutions(name: str) -> None:
+    built = build(name)
+    graphs = 0
+
+    def counting(gm: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        from gna_compile.backend import gna
+
+        return gna(gm, inputs, options={"policy": POLICY, "inner": "aot_eager"})
+
+    run = torch.compile(built.model, backend=counting, dynamic=True)
+    grids = [(5, 6, 8), (7, 6, 10), (5, 10, 12)] if name != "sd3" else [(8, 10), (12, 10), (10, 14)]
+    counts = []
+    for grid in grids:
+        inputs = inputs_for(name, grid)
+        explanation = gna_compile.explain(built.model, policy=POLICY, quiet=True, **inputs)
+        with torch.no_grad(), masked(built.model, masks_of(explanation)):
+            expected = main_output(built.model(**inputs))
+        with torch.no_grad():
+            actual = main_output(run(**inputs))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        counts.append(graphs)
+    assert counts[-1] == counts[0], counts
+
+
+@pytest.mark.parametrize("name", ["wan", "flux", "hunyuan-video"])
+def test_graph_diff(name: str) -> None:
+    built = build(name)
+    diff = gna_compile.graph_diff(built.model, policy=POLICY, **built.inputs)
+    assert "gna.attention.v1" in diff
+    golden(f"{name}.diff", diff + "\n")

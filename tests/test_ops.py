@@ -1,0 +1,541 @@
+"""The op as PyTorch sees it: schema, fake, autograd, vmap, autocast, compilation, FLOPs, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import re
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import flop_counter
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import gna_compile.ops as ops
+from gna_compile import providers
+from gna_compile.flops import attention_flops
+from gna_compile.geometry import Neighborhood
+from gna_compile.ops import neighborhood_attention
+from gna_compile.providers import Problem
+
+SDPA: Any = torch.nn.functional.scaled_dot_product_attention
+FORWARD, BACKWARD = torch.ops.gna.attention.v1, torch.ops.gna.attention_backward.v1
+
+PLAIN: dict[str, Any] = {
+    "grid": (4, 3),
+    "window": (2, 3),
+    "stride": (1, 2),
+    "causal": (False, True),
+}
+TEXT: dict[str, Any] = {"grid": (9,), "window": (3,), "dilation": (2,), "prefix": 1, "suffix": 2}
+
+
+def tensors(kind: str, heads: int = 4, kv_heads: int = 2, tokens: int = 12) -> list[Tensor]:
+    """query, key, value of batch 2 and head size 8 in one memory layout."""
+
+    def one(heads: int) -> Tensor:
+        if kind == "BSHD":
+            return torch.randn(2, tokens, heads, 8).transpose(1, 2)
+        if kind == "expanded":
+            return torch.randn(2, 1, tokens, 8).expand(2, heads, tokens, 8)
+        if kind == "strided D":
+            return torch.randn(2, heads, 8, tokens).transpose(2, 3)
+        return torch.randn(2, heads, tokens, 8)
+
+    return [one(heads), one(kv_heads), one(kv_heads)]
+
+
+def arguments(geometry: dict[str, Any], key_mask: Tensor | None = None) -> list[Any]:
+    """Everything after query, key and value, up to the scale."""
+    rank = len(geometry["grid"])
+    return [
+        list(geometry["grid"]),
+        list(geometry["window"]),
+        list(geometry.get("stride", [1] * rank)),
+        list(geometry.get("dilation", [1] * rank)),
+        list(geometry.get("causal", [False] * rank)),
+        geometry.get("prefix", 0),
+        geometry.get("suffix", 0),
+        key_mask,
+        0.3,
+    ]
+
+
+def attend(*inputs: Tensor, **options: Any) -> Tensor:
+    output = neighborhood_attention(*inputs, **options)
+    assert isinstance(output, Tensor)
+    return output
+
+
+# Schema and version ------------------------------------------------------------------------------
+
+
+def test_the_version_stands_for_schema_and_autograd_formula() -> None:
+    """Compiled graphs are cached by the op's name, with the backward that it had at the time.
+
+    If this fails, the schema or the autograd formula changed. Then bump the overload's version
+    (v1 -> v2, in both schemas and wherever the op is called) before updating the digest, or stale
+    caches pair the old backward with the new forward. Only a change of comments or names may keep
+    the version.
+    """
+    source = "".join(
+        [
+            ops.FORWARD_SCHEMA,
+            ops.BACKWARD_SCHEMA,
+            inspect.getsource(ops._setup_context),
+            inspect.getsource(ops._gradient),
+        ]
+    )
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    assert (FORWARD._overloadname, digest[:16]) == ("v1", "7594f0ec4e0d1568")
+
+
+def test_schema() -> None:
+    assert str(FORWARD._schema) == f"gna::{ops.FORWARD_SCHEMA}"
+    assert str(BACKWARD._schema) == f"gna::{ops.BACKWARD_SCHEMA}"
+    assert not FORWARD._schema.is_mutable
+    assert torch.Tag.pt2_compliant_tag in FORWARD.tags
+
+
+@pytest.mark.parametrize("needs", ["", "q", "kv", "qkv"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["BHSD", "BSHD", "expanded", "strided D"])
+def test_opcheck(kind: str, masked: bool, needs: str) -> None:
+    geometry = TEXT if masked else PLAIN
+    key_mask = torch.tensor([[True, False, True], [False, True, True]]) if masked else None
+    inputs = tensors(kind)
+    for name, tensor in zip("qkv", inputs, strict=True):
+        tensor.requires_grad_(name in needs)
+    torch.library.opcheck(FORWARD, (*inputs, *arguments(geometry, key_mask), [0, 2, 1, 3]))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("kind", ["BHSD", "BSHD", "expanded", "strided D"])
+def test_opcheck_backward(kind: str, with_lse: bool) -> None:
+    inputs = tensors(kind)
+    output, lse = FORWARD(*inputs, *arguments(PLAIN), [0, 1, 2, 3])
+    grad_lse = torch.randn_like(lse) if with_lse else None
+    torch.library.opcheck(
+        BACKWARD, (torch.randn_like(output), grad_lse, *inputs, output, lse, *arguments(PLAIN))
+    )
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_output_order(order: tuple[int, ...]) -> None:
+    inputs = tensors("BSHD")
+    output, lse = FORWARD(*inputs, *arguments(PLAIN), order)
+    assert output.permute(order).is_contiguous()
+    assert lse.is_contiguous()
+    assert torch.equal(output, FORWARD(*inputs, *arguments(PLAIN), [0, 1, 2, 3])[0])
+    meta = FORWARD(*(x.to("meta") for x in inputs), *arguments(PLAIN), order)
+    assert meta[0].stride() == output.stride()
+    assert (meta[1].stride(), meta[1].dtype) == (lse.stride(), lse.dtype)
+
+
+def test_the_public_function_keeps_the_order_of_heads_and_tokens() -> None:
+    for kind in ("BHSD", "BSHD"):
+        inputs = tensors(kind)
+        assert attend(*inputs, **PLAIN).stride() == inputs[0].stride()
+
+
+@pytest.mark.parametrize("kind", ["BHSD", "BSHD", "expanded", "strided D"])
+def test_gradients_have_the_layout_of_empty_like(kind: str) -> None:
+    inputs = tensors(kind)
+    output, lse = FORWARD(*inputs, *arguments(PLAIN), [0, 1, 2, 3])
+    grads = BACKWARD(output, None, *inputs, output, lse, *arguments(PLAIN))
+    for grad, tensor in zip(grads, inputs, strict=True):
+        assert grad.stride() == torch.empty_like(tensor).stride()
+
+
+# Autograd ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", ["output", "logsumexp", "both"])
+@pytest.mark.parametrize("geometry", [PLAIN, TEXT])
+def test_gradcheck(geometry: dict[str, Any], outputs: str) -> None:
+    inputs = [x[:1, :, :, :3].double().detach().requires_grad_() for x in tensors("BSHD", 2, 1)]
+    key_mask = torch.tensor([[True, False, True]]) if "prefix" in geometry else None
+
+    def run(*inputs: Tensor) -> Any:
+        pair = neighborhood_attention(*inputs, **geometry, key_mask=key_mask, return_logsumexp=True)
+        return {"output": pair[0], "logsumexp": pair[1], "both": pair}[outputs]
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    query, key, value = tensors("BHSD")
+    key.requires_grad_()
+    output = attend(query, key, value, **PLAIN)
+    output.sum().backward()
+    assert query.grad is None
+    assert value.grad is None
+    assert key.grad is not None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_is_recorded_where_none_is_wanted(mode: Any) -> None:
+    query, key, value = (x.requires_grad_() for x in tensors("BHSD"))
+    with mode():
+        output = attend(query, key, value, **PLAIN)
+    assert not output.requires_grad
+
+
+def test_second_derivative_is_refused_clearly() -> None:
+    inputs = [x.requires_grad_() for x in tensors("BHSD")]
+    grads = torch.autograd.grad(attend(*inputs, **PLAIN).square().sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="can be differentiated once"):
+        grads[0].sum().backward()
+
+
+def test_checkpoint() -> None:
+    inputs = [x.requires_grad_() for x in tensors("BHSD")]
+    expected = torch.autograd.grad(attend(*inputs, **PLAIN).square().sum(), inputs)
+    output = checkpoint(lambda *x: attend(*x, **PLAIN), *inputs, use_reentrant=False)
+    actual = torch.autograd.grad(output.square().sum(), inputs)
+    assert all(map(torch.equal, actual, expected))
+
+
+# vmap --------------------------------------------------------------------------------------------
+
+
+MAPPED = itertools.product([None, 0, 2], [None, 1], [None, 4], [None, 0, 1])
+
+
+@pytest.mark.parametrize("dims", [dims for dims in MAPPED if dims != (None,) * 4])
+def test_vmap(dims: tuple[int | None, ...]) -> None:
+    def mapped(tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor[0] if dim is None else tensor.movedim(0, dim)
+
+    values = [torch.randn(3, 2, heads, 12, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    masks = torch.rand(3, 2, 3) < 0.6
+    args = [mapped(x, dim) for x, dim in zip([*values, masks], dims, strict=True)]
+
+    def run(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Any:
+        return neighborhood_attention(
+            query, key, value, **TEXT, key_mask=key_mask, return_logsumexp=True
+        )
+
+    actual = torch.vmap(run, in_dims=dims)(*args)
+    for index in range(3):
+        one = [
+            x if dim is None else x.select(dim, index) for x, dim in zip(args, dims, strict=True)
+        ]
+        for all_results, result in zip(actual, run(*one), strict=True):
+            torch.testing.assert_close(all_results[index], result)
+
+
+def test_nested_vmap() -> None:
+    inputs = [torch.randn(2, 3, 2, heads, 12, 8) for heads in (4, 2, 2)]
+    actual = torch.vmap(torch.vmap(lambda *x: attend(*x, **PLAIN)))(*inputs)
+    for i, j in itertools.product(range(2), range(3)):
+        torch.testing.assert_close(actual[i, j], attend(*(x[i, j] for x in inputs), **PLAIN))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_gradients_through_vmap(with_lse: bool) -> None:
+    inputs = [torch.randn(3, 2, heads, 12, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    leaves = [x.requires_grad_() for x in (inputs[0], inputs[1], inputs[2][0].detach())]
+
+    def loss(*inputs: Tensor) -> Tensor:
+        output, lse = neighborhood_attention(*inputs, **PLAIN, return_logsumexp=True)
+        return output.square().sum() + (lse.sin().sum() if with_lse else 0)
+
+    actual = torch.autograd.grad(torch.vmap(loss, in_dims=(0, 0, None))(*leaves).sum(), leaves)
+    one_by_one = sum(loss(leaves[0][i], leaves[1][i], leaves[2]) for i in range(3))
+    assert isinstance(one_by_one, Tensor)
+    torch.testing.assert_close(actual, torch.autograd.grad(one_by_one, leaves))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_many_gradients_at_once(with_lse: bool) -> None:
+    # `is_grads_batched` maps over the backward op, of whose inputs only the gradients are mapped.
+    inputs = [x.requires_grad_() for x in tensors("BSHD")]
+    pair = neighborhood_attention(*inputs, **PLAIN, return_logsumexp=True)
+    outputs = pair if with_lse else pair[:1]
+    upstream = [torch.randn(5, *x.shape) for x in outputs]
+    actual = torch.autograd.grad(
+        outputs, inputs, upstream, retain_graph=True, is_grads_batched=True
+    )
+    for index in range(5):
+        expected = torch.autograd.grad(
+            outputs, inputs, [x[index] for x in upstream], retain_graph=True
+        )
+        torch.testing.assert_close(tuple(x[index] for x in actual), expected)
+
+
+# Autocast ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_sdpa(dtype: torch.dtype) -> None:
+    inputs = [x.requires_grad_() for x in tensors("BHSD", kv_heads=4)]
+    mixed = [inputs[0].to(dtype), *inputs[1:]]
+    with torch.autocast("cpu", dtype):
+        output = attend(*mixed, **PLAIN)
+        dense = SDPA(*mixed)
+        same = attend(*(x.to(dtype) for x in inputs), **PLAIN)
+    assert output.dtype == dense.dtype == dtype
+    assert torch.equal(output, same)
+    output.sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in inputs)
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(*(x.double() for x in tensors("BHSD")), **PLAIN).dtype == torch.float64
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_a_backward_within_autocast_keeps_its_precision(with_lse: bool) -> None:
+    inputs = [x.requires_grad_() for x in tensors("BHSD")]
+    pair = neighborhood_attention(*inputs, **PLAIN, return_logsumexp=True)
+    outputs = pair if with_lse else pair[:1]
+    upstream = [torch.randn_like(x) for x in outputs]
+    expected = torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(outputs, inputs, upstream)
+    assert all(map(torch.equal, actual, expected))
+
+
+# Compilation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_one_dynamic_graph_serves_several_grids(with_lse: bool) -> None:
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def run(video: Tensor, other: Tensor) -> Any:
+        height, width = video.shape[2], video.shape[3]
+        query, key = (x.flatten(2, 3) for x in (video, other))
+        pair = neighborhood_attention(
+            query,
+            key,
+            query + key,
+            grid=(height, width),
+            window=(3, width // 2),
+            causal=(True, False),
+            return_logsumexp=True,
+        )
+        return pair[0].square().sum() + (pair[1].sum() if with_lse else 0)
+
+    compiled = torch.compile(run, backend=graphs, fullgraph=True, dynamic=True)
+    for height, width in ((4, 6), (7, 5), (3, 11)):
+        leaves = [torch.randn(2, heads, height, width, 8, requires_grad=True) for heads in (2, 2)]
+        expected = torch.autograd.grad(run(*leaves), leaves)
+        actual = torch.autograd.grad(compiled(*leaves), leaves)
+        torch.testing.assert_close(actual, expected)
+    assert graphs.frame_count == 1
+
+
+def test_a_wrong_grid_is_found_while_compiling() -> None:
+    torch._dynamo.reset()
+    wrong = PLAIN | {"grid": (4, 4)}
+    compiled = torch.compile(lambda *x: attend(*x, **wrong), backend="eager", fullgraph=True)
+    with pytest.raises(
+        Exception, match=re.escape("query has 12 tokens, but prefix 0 + grid (4, 4)")
+    ):
+        compiled(*tensors("BHSD"))
+
+
+def test_export() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return attend(*inputs, **PLAIN)
+
+    inputs = tuple(tensors("BSHD"))
+    program = torch.export.export(Model(), inputs)
+    assert torch.equal(program.module()(*inputs), attend(*inputs, **PLAIN))
+    targets = [node.target for node in program.graph.nodes]
+    assert FORWARD in targets
+
+
+# FLOPs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, TEXT])
+def test_flops_are_the_visible_pairs(geometry: dict[str, Any]) -> None:
+    inputs = [x.requires_grad_() for x in tensors("BHSD")]
+    pairs = int(oracle.mask(**geometry).sum())
+    with FlopCounterMode(display=False) as counter:
+        output = attend(*inputs, **geometry)
+    assert counter.get_total_flops() == 4 * 2 * 4 * 8 * pairs
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == 10 * 2 * 4 * 8 * pairs
+
+
+def test_full_windows_cost_what_pytorch_counts_for_attention() -> None:
+    inputs = [x.requires_grad_() for x in tensors("BHSD", kv_heads=4)]
+    with FlopCounterMode(display=False) as counter:
+        attend(*inputs, grid=(12,), window=(12,)).sum().backward()
+    shape = inputs[0].shape
+    dense = flop_counter.sdpa_flop_count(shape, shape, shape)
+    dense += flop_counter.sdpa_backward_flop_count(shape, shape, shape, shape)
+    assert counter.get_total_flops() == dense
+
+
+def test_flops_of_known_sizes_only_need_hints() -> None:
+    expected = 4 * 2 * 4 * 8 * Neighborhood.of((4, 3), (2, 3), (1, 2), None, (False, True)).pairs
+    actual = attention_flops((2, 4, 12, 8), [4, 3], [2, 3], [1, 2], [1, 1], [False, True], 0, 0)
+    assert actual == expected
+
+
+# Degenerate sizes and bad input ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads"), [(0, 4, 2), (2, 0, 0), (0, 0, 0), (2, 0, 3)]
+)
+def test_nothing_gives_nothing(batch: int, heads: int, kv_heads: int) -> None:
+    inputs = [torch.randn(batch, n, 12, 8, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
+    output, lse = neighborhood_attention(*inputs, **PLAIN, return_logsumexp=True)
+    assert output.shape == (batch, heads, 12, 8)
+    assert lse.shape == (batch, heads, 12)
+    grads = torch.autograd.grad((output.sum() + lse.sum()), inputs)
+    for grad, tensor in zip(grads, inputs, strict=True):
+        assert grad.shape == tensor.shape
+        assert (grad == 0).all()
+
+
+def broken(**changes: Any) -> dict[str, Any]:
+    query, key, value = tensors("BHSD")
+    return {"query": query, "key": key, "value": value} | PLAIN | changes
+
+
+ERRORS = [
+    (broken(query=torch.randn(4, 12, 8)), ValueError, "query has shape (4, 12, 8); it must be [B,"),
+    (broken(key=torch.randn(2, 12, 8)), ValueError, "key has shape (2, 12, 8); it must be [batch,"),
+    (
+        broken(key=torch.randn(2, 2, 12, 8).half()),
+        ValueError,
+        "key is torch.float16 on cpu, query torch.float32 on cpu; dtype and device must be the same",
+    ),
+    (
+        broken(value=torch.randn(2, 2, 12, 8, device="meta")),
+        Exception,
+        "device",
+    ),
+    (
+        broken(query=torch.ones(2, 4, 12, 8, dtype=torch.long)),
+        ValueError,
+        "key is torch.float32 on cpu, query torch.int64",
+    ),
+    (
+        broken(
+            **{
+                name: torch.ones(2, 4, 12, 8, dtype=torch.long)
+                for name in ("query", "key", "value")
+            }
+        ),
+        ValueError,
+        "query is torch.int64; it must be a floating-point type",
+    ),
+    (broken(key=torch.randn(2, 3, 12, 8)), ValueError, "value has shape (2, 2, 12, 8) for a query"),
+    (
+        broken(key=torch.randn(2, 3, 12, 8), value=torch.randn(2, 3, 12, 8)),
+        ValueError,
+        "query has 4 heads and key 3; key's must divide query's",
+    ),
+    (
+        broken(key=torch.randn(2, 0, 12, 8), value=torch.randn(2, 0, 12, 8)),
+        ValueError,
+        "query has 4 heads and key 0",
+    ),
+    (broken(value=torch.randn(2, 2, 12, 16)), ValueError, "it must be (2, 2, 12, 8)"),
+    (broken(key=torch.randn(1, 2, 12, 8)), ValueError, "it must be (2, 2, 12, 8)"),
+    (broken(key=torch.randn(2, 2, 13, 8)), ValueError, "it must be (2, 2, 12, 8)"),
+    (
+        broken(**{name: torch.randn(2, 2, 12, 0) for name in ("query", "key", "value")}, scale=1.0),
+        ValueError,
+        "head_dim is 0; it must be at least 1",
+    ),
+    (
+        broken(grid=(3, 3)),
+        ValueError,
+        "query has 12 tokens, but prefix 0 + grid (3, 3) + suffix 0 makes 9",
+    ),
+    (broken(window=(2, 4)), ValueError, "axis 1 of grid (4, 3): window 4 is larger"),
+    (broken(window=(2,)), ValueError, "window has 1 entries for a grid of 2 axes (4, 3)"),
+    (broken(stride=(3, 1)), ValueError, "stride 3 must lie between 1 and the window 2"),
+    (broken(prefix=-1), ValueError, "prefix -1 must be at least 0"),
+    (
+        broken(key_mask=torch.ones(2, 12, dtype=torch.bool)),
+        ValueError,
+        "key_mask has shape (2, 12); it must be [batch, prefix + suffix] = [2, 0]",
+    ),
+    (
+        broken(key_mask=torch.ones(2, 0)),
+        ValueError,
+        "key_mask is torch.float32 on cpu; it must be torch.bool on cpu",
+    ),
+    (broken(provider="magic"), ValueError, "there is no provider 'magic'; there are"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), ERRORS)
+def test_errors(call: dict[str, Any], kind: type[Exception], message: str) -> None:
+    call = dict(call)
+    inputs = [call.pop(name) for name in ("query", "key", "value")]
+    # Twice: what was refused once must not be remembered as good.
+    for _ in range(2):
+        with pytest.raises(kind, match=re.escape(message)):
+            neighborhood_attention(*inputs, **call)
+
+
+def test_errors_of_the_op_itself() -> None:
+    inputs = tensors("BHSD")
+    for order in ([0, 1, 2], [0, 1, 2, 2], [1, 2, 3, 4]):
+        with pytest.raises(
+            ValueError, match=r"output_order .* must be a permutation of 0, 1, 2, 3"
+        ):
+            FORWARD(*inputs, *arguments(PLAIN), order)
+    output, lse = FORWARD(*inputs, *arguments(PLAIN), [0, 1, 2, 3])
+    for bad in (
+        [output[:1], None],
+        [output.double(), None],
+        [output, lse[:, :1]],
+        [output, lse.half()],
+    ):
+        with pytest.raises(ValueError, match=r"grad_(output|logsumexp) is .*; it must be"):
+            BACKWARD(*bad, *inputs, output, lse, *arguments(PLAIN))
+
+
+def test_no_provider_names_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never:
+        name = "never"
+        fast_on = frozenset({"cpu"})
+
+        def supports(self, problem: Problem) -> str:
+            return f"never takes {problem.head_dim}"
+
+        def forward(self, *_: Any) -> None:
+            raise AssertionError("not called here")
+
+        backward = forward
+
+    with monkeypatch.context() as patch:
+        patch.setattr(providers, "PROVIDERS", [Never()])
+        with pytest.raises(RuntimeError, match=r"no provider can .*never: never takes 8"):
+            attend(*tensors("BHSD"), **PLAIN)
+        with pytest.raises(RuntimeError, match="provider 'never' cannot"):
+            attend(*tensors("BHSD"), **PLAIN, provider="never")
+    # What was chosen from one list of providers is not remembered for another.
+    attend(*tensors("BHSD"), **PLAIN)
+    monkeypatch.setattr(providers, "PROVIDERS", [Never(), *providers.PROVIDERS])
+    attend(*tensors("BHSD"), **PLAIN, provider="portable")
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, TEXT])
+def test_defaults_against_the_oracle(geometry: dict[str, Any]) -> None:
+    inputs: list[Any] = [*tensors("BHSD")]
+    expected, expected_lse = oracle.attention(*inputs, visible=oracle.mask(**geometry))
+    output, lse = neighborhood_attention(*inputs, **geometry, return_logsumexp=True)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
