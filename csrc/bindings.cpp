@@ -177,6 +177,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("seen_by", [](const GroupArgument& axis, int32_t begin, int32_t end) {
     return pair_of(gna::seen_by(group_of(axis), {begin, end}));
   });
+  module.def("all_seen_by", [](const GroupArgument& axis, int32_t begin, int32_t end) {
+    return pair_of(gna::all_seen_by(group_of(axis), {begin, end}));
+  });
   module.def("axis_bits", [](int32_t begin, int32_t end, int32_t log2_inner, int32_t log2_extent,
                              int32_t word) {
     return gna::axis_bits({begin, end}, log2_inner, log2_extent, word);

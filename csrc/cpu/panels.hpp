@@ -5,6 +5,8 @@
 // own tokens transposed, [head_dim][lanes].
 #pragma once
 
+#include <utility>
+
 #include "kernel.hpp"
 #include "microkernel.hpp"
 
@@ -116,19 +118,19 @@ bool read_for_sums(const Rows& rows, const int32_t* tokens, int count, int head_
 
 // Transposing a square of vectors in registers, in log2(width) rounds of two-vector shuffles.
 
-template <int... lane>
-struct Lanes {};
-template <int count, int... lane>
-struct MakeLanes : MakeLanes<count - 1, count - 1, lane...> {};
-template <int... lane>
-struct MakeLanes<0, lane...> {
-  using type = Lanes<lane...>;
-};
+template <int... index>
+GNA_INLINE Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index...);
+#else
+  return __builtin_shuffle(a, b, Ints{index...});
+#endif
+}
 
 template <int half, int... lane>
-GNA_INLINE void exchange(Vec& a, Vec& b, Lanes<lane...>) {
-  const Vec low = __builtin_shufflevector(a, b, (lane & half ? width + lane - half : lane)...);
-  const Vec high = __builtin_shufflevector(a, b, (lane & half ? width + lane : lane + half)...);
+GNA_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
+  const Vec low = shuffle<(lane & half ? width + lane - half : lane)...>(a, b);
+  const Vec high = shuffle<(lane & half ? width + lane : lane + half)...>(a, b);
   a = low;
   b = high;
 }
@@ -139,7 +141,7 @@ GNA_INLINE void exchange_all(Vec (&square)[width]) {
 #pragma GCC unroll 16
     for (int i = 0; i < width; ++i)
       if (!(i & half))
-        exchange<half>(square[i], square[i + half], typename MakeLanes<width>::type{});
+        exchange<half>(square[i], square[i + half], std::make_integer_sequence<int, width>{});
     exchange_all<half / 2>(square);
   }
 }

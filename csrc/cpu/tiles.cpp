@@ -42,8 +42,10 @@ AxisTiles::AxisTiles(const gna_axis& axis, int32_t log2_box, Role role)
     const Axis here = group_axis(group);
     for (int32_t start = 0; start < here.length; start += extent) {
       const Range lanes = {start, std::min(start + extent, here.length)};
-      tiles_.push_back(
-          {group, lanes, role == Role::queries ? union_of(here, lanes) : seen_by(here, lanes)});
+      if (role == Role::queries)
+        tiles_.push_back({group, lanes, union_of(here, lanes), intersection_of(here, lanes)});
+      else
+        tiles_.push_back({group, lanes, seen_by(here, lanes), all_seen_by(here, lanes)});
     }
   }
 }
@@ -146,6 +148,8 @@ void Tiling::grid_tile(int64_t index, const GlobalTokens& globals, Lists& lists)
 
   const uint64_t full = lanes_ == 64 ? ~uint64_t{0} : (uint64_t{1} << lanes_) - 1;
   const auto mask = [&](int a, int32_t position) {
+    const Range interior = at.axis[a].interior;
+    if (position >= interior.begin && position < interior.end) return full;
     return lane_mask(axes_[a].lanes_that_see(at.axis[a], position), inner[a], log2[a]);
   };
   // The innermost axis's masks are needed again and again.

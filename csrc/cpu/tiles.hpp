@@ -17,7 +17,8 @@ enum class Role { queries, keys };
 struct AxisTile {
   int32_t group;
   Range lanes;
-  Range stream;  // visible from any lane
+  Range stream;    // visible from any lane
+  Range interior;  // visible from all lanes; may be empty
 };
 
 // One axis cut into boxes of 2^log2_box, all dilation groups one after another.

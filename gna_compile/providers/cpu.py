@@ -20,6 +20,12 @@ else:
 
     _available = True
 
+
+def instruction_sets() -> list[str]:
+    """The native kernel's instruction sets that this processor has, best first; [] if not built."""
+    return _native.isas() if _available else []
+
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_HEAD_DIM = 256
 

@@ -81,4 +81,11 @@ GNA_HD constexpr Range seen_by(const Axis& axis, Range keys) {
   return {first, larger(first, first_query_past(axis, keys.end - 1))};
 }
 
+// The queries that see all of the non-empty `keys`; empty if nobody does.
+GNA_HD constexpr Range all_seen_by(const Axis& axis, Range keys) {
+  const int32_t first = axis.causal ? keys.end - 1
+                                    : first_query_past(axis, keys.end - 1 - axis.window);
+  return {first, larger(first, first_query_past(axis, keys.begin))};
+}
+
 }  // namespace gna
