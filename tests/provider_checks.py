@@ -60,7 +60,9 @@ def check_poison_reaches_the_rows_that_see_it_and_no_others(
     """One poisoned element a head in query, key, value or the output's gradient."""
     mask = oracle.mask(**GEOMETRY)
     tensors = poisoned(where, poison, mask.shape[0])
-    inputs: list[Any] = [tensors[name].to(dtype).requires_grad_() for name in ("query", "key", "value")]
+    inputs: list[Any] = [
+        tensors[name].to(dtype).requires_grad_() for name in ("query", "key", "value")
+    ]
     key_mask = torch.tensor([[True, False, True], [False, True, True]])
     output, lse = ops.neighborhood_attention(
         *inputs, **GEOMETRY, key_mask=key_mask, return_logsumexp=True

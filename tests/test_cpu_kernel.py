@@ -77,8 +77,8 @@ def key_mask_of(geometry: dict[str, Any]) -> Tensor:
 
 def everything(inputs: list[Tensor], geometry: dict[str, Any], **options: Any) -> list[Tensor]:
     """Output, logsumexp and all gradients, logsumexp's own gradient included."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    pair = ops.neighborhood_attention(*leaves, **geometry, **options, return_logsumexp=True)
+    leaves: list[Any] = [x.detach().requires_grad_() for x in inputs]
+    pair: Any = ops.neighborhood_attention(*leaves, **geometry, **options, return_logsumexp=True)
     grads = [torch.sin(torch.arange(x.numel()).view(x.shape)).to(x.dtype) for x in pair]
     return [*pair, *torch.autograd.grad(pair, leaves, grads)]
 
@@ -90,12 +90,9 @@ def everything(inputs: list[Tensor], geometry: dict[str, Any], **options: Any) -
 def test_a_large_problem_agrees_with_the_oracle(dtype: torch.dtype) -> None:
     inputs, key_mask = inputs_of(LARGE, dtype), key_mask_of(LARGE)
     actual = everything(inputs, LARGE, key_mask=key_mask)
-    leaves: list[Any] = [x.detach().double().requires_grad_() for x in inputs]
-    expected = list(
-        oracle.attention(
-            *leaves, visible=oracle.mask(**LARGE), key_mask=key_mask, prefix=LARGE["prefix"]
-        )
-    )
+    query, key, value = leaves = [x.detach().double().requires_grad_() for x in inputs]
+    visible = oracle.mask(**LARGE)
+    expected = list(oracle.attention(query, key, value, visible, key_mask, prefix=LARGE["prefix"]))
     grads = [torch.sin(torch.arange(x.numel()).view(x.shape)).double() for x in expected]
     expected += torch.autograd.grad(expected, leaves, grads)
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
@@ -141,8 +138,8 @@ def test_extreme_logits() -> None:
 @pytest.mark.parametrize("head_dim", [1, 2, 7, 8, 15, 17, 33, 96, 130, 256])
 def test_head_sizes(head_dim: int) -> None:
     geometry: dict[str, Any] = {"grid": (9, 11), "window": (4, 5)}
-    inputs = inputs_of(geometry, heads=2, kv_heads=1, head_dim=head_dim)
-    expected, expected_lse = oracle.attention(*inputs, visible=oracle.mask(**geometry))  # type: ignore[misc]
+    query, key, value = inputs = inputs_of(geometry, heads=2, kv_heads=1, head_dim=head_dim)
+    expected, expected_lse = oracle.attention(query, key, value, oracle.mask(**geometry))
     output, lse, *_ = everything(inputs, geometry)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
@@ -206,17 +203,15 @@ def test_concurrent_callers() -> None:
 @pytest.mark.usefixtures("threads")
 def test_a_forked_process_can_go_on(isa: str) -> None:
     torch.set_num_threads(3)
-    inputs = inputs_of(LARGE)
-    facts = problem(
-        Neighborhood.of(**LARGE), batch=2, heads=4, kv_heads=2, head_dim=inputs[0].shape[3]
-    )
-    output, again = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-    lse = torch.empty(inputs[0].shape[:3])
-    Cpu(isa).forward(facts, *inputs, None, 0.2, output, lse)  # type: ignore[misc]
+    query, key, value = inputs_of(LARGE)
+    facts = problem(Neighborhood.of(**LARGE), batch=2, heads=4, kv_heads=2, head_dim=query.shape[3])
+    output, again = torch.empty_like(query), torch.empty_like(query)
+    lse = torch.empty(query.shape[:3])
+    Cpu(isa).forward(facts, query, key, value, None, 0.2, output, lse)
     child = os.fork()
     if child == 0:
         # Only the kernel: PyTorch's own thread pool does not survive a fork.
-        Cpu(isa).forward(facts, *inputs, None, 0.2, again, lse)  # type: ignore[misc]
+        Cpu(isa).forward(facts, query, key, value, None, 0.2, again, lse)
         same = bytes(again.untyped_storage()) == bytes(output.untyped_storage())
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
