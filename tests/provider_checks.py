@@ -60,14 +60,13 @@ def check_poison_reaches_the_rows_that_see_it_and_no_others(
     """One poisoned element a head in query, key, value or the output's gradient."""
     mask = oracle.mask(**GEOMETRY)
     tensors = poisoned(where, poison, mask.shape[0])
-    inputs: list[Any] = [
-        tensors[name].to(dtype).requires_grad_() for name in ("query", "key", "value")
-    ]
+    names = ("query", "key", "value")
+    inputs = query, key, value = [tensors[name].to(dtype).requires_grad_() for name in names]
     key_mask = torch.tensor([[True, False, True], [False, True, True]])
     output, lse = ops.neighborhood_attention(
         *inputs, **GEOMETRY, key_mask=key_mask, return_logsumexp=True
     )
-    expected, expected_lse = oracle.attention(*inputs, visible=mask, key_mask=key_mask, prefix=1)
+    expected, expected_lse = oracle.attention(query, key, value, mask, key_mask, prefix=1)
     if where != "grad":
         assert not expected.isfinite().all()
         if poison == poison and where == "value":
@@ -79,7 +78,7 @@ def check_poison_reaches_the_rows_that_see_it_and_no_others(
     grads = torch.autograd.grad(output, inputs, tensors["grad"].to(dtype))
     # The second oracle's rows must be taken one by one if the gradient is what is poisoned.
     expected_grads = torch.autograd.grad(
-        oracle._row_by_row(*_repeated(inputs), seen=_seen(mask, key_mask), scale=0.5)[0],
+        oracle._row_by_row(*_repeated(inputs), _seen(mask, key_mask), 0.5)[0],
         inputs,
         tensors["grad"].to(dtype).double(),
     )
@@ -87,9 +86,9 @@ def check_poison_reaches_the_rows_that_see_it_and_no_others(
         same_where_finite(grad, expected_grad.double(), tolerance)
 
 
-def _repeated(inputs: Sequence[Tensor]) -> list[Any]:
+def _repeated(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = (x.double() for x in inputs)
-    return [query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)]
+    return query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
 
 
 def _seen(mask: Tensor, key_mask: Tensor) -> Tensor:

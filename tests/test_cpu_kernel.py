@@ -1,4 +1,4 @@
-"""The CPU kernel: every instruction set, threads, forks, memory, strides, what it declines.
+"""The CPU kernel on every instruction set: values, strides, threads, forks, memory.
 
 Its numbers are tested in test_random_problems.py; here is what small problems do not show.
 """
@@ -22,18 +22,17 @@ from test_portable import problem
 from torch import Tensor
 
 from gna_compile import _native, ops, providers
-from gna_compile.geometry import Axis, Neighborhood
-from gna_compile.providers import cpu, cpu_tiles
+from gna_compile.geometry import Neighborhood
+from gna_compile.providers import cpu_tiles
 from gna_compile.providers.cpu import Cpu
 from gna_compile.providers.cpu_tiles import Boxes
-from gna_compile.providers.portable import Portable
 
 ISAS = _native.isas()
 
 # Tiles of all kinds, and enough work for several threads.
 LARGE: dict[str, Any] = {
-    "grid": (6, 20, 21),
-    "window": (3, 9, 8),
+    "grid": (5, 13, 14),
+    "window": (2, 8, 6),
     "stride": (1, 2, 3),
     "dilation": (2, 1, 2),
     "causal": (True, False, False),
@@ -77,8 +76,10 @@ def key_mask_of(geometry: dict[str, Any]) -> Tensor:
 
 def everything(inputs: list[Tensor], geometry: dict[str, Any], **options: Any) -> list[Tensor]:
     """Output, logsumexp and all gradients, logsumexp's own gradient included."""
-    leaves: list[Any] = [x.detach().requires_grad_() for x in inputs]
-    pair: Any = ops.neighborhood_attention(*leaves, **geometry, **options, return_logsumexp=True)
+    query, key, value = leaves = [x.detach().requires_grad_() for x in inputs]
+    pair: Any = ops.neighborhood_attention(
+        query, key, value, **geometry, **options, return_logsumexp=True
+    )
     grads = [torch.sin(torch.arange(x.numel()).view(x.shape)).to(x.dtype) for x in pair]
     return [*pair, *torch.autograd.grad(pair, leaves, grads)]
 
@@ -212,7 +213,7 @@ def test_a_forked_process_can_go_on(isa: str) -> None:
     if child == 0:
         # Only the kernel: PyTorch's own thread pool does not survive a fork.
         Cpu(isa).forward(facts, query, key, value, None, 0.2, again, lse)
-        same = bytes(again.untyped_storage()) == bytes(output.untyped_storage())
+        same = again.numpy().tobytes() == output.numpy().tobytes()
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -251,117 +252,3 @@ def test_extra_memory_is_a_twentieth_of_the_inputs_at_most(isa: str) -> None:
     command = [sys.executable, "-c", MEMORY, isa]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.05
-
-
-# Boxes -------------------------------------------------------------------------------------------
-
-
-def test_boxes_that_divide_the_stride_visit_what_the_mask_needs() -> None:
-    neighborhood = Neighborhood.of((16, 32, 32), (8, 12, 12), (4, 4, 4))
-    boxes = cpu_tiles.choose_boxes(neighborhood)
-    assert boxes.queries == (2, 2, 2)
-    assert cpu_tiles.pairs(neighborhood, boxes) == neighborhood.pairs
-
-
-def test_streamed_counts_are_the_geometry() -> None:
-    for axis in (Axis(21, 5, 3), Axis(20, 6, 2, 3), Axis(19, 4, 4, 2, True)):
-        for log2_box in range(5):
-            queries = keys = 0
-            for index in range(axis.dilation):
-                group = axis.group(index)
-                for start in range(0, group.length, 2**log2_box):
-                    box = range(start, min(start + 2**log2_box, group.length))
-                    queries += len(group.union(box))
-                    keys += len(group.seen_by(box))
-            arguments = cpu_tiles.arguments(axis)
-            assert _native.streamed(arguments, log2_box, False) == queries
-            assert _native.streamed(arguments, log2_box, True) == keys
-
-
-def test_axes_that_hide_nothing_are_joined() -> None:
-    neighborhood = Neighborhood.of((4, 5, 6), (2, 5, 6), prefix=3)
-    assert cpu_tiles.merged(neighborhood) == Neighborhood.of((4, 30), (2, 30), prefix=3)
-    dense = Neighborhood.of((4, 5, 6), (4, 5, 6))
-    assert cpu_tiles.merged(dense) == Neighborhood.of((120,), (120,))
-    causal = Neighborhood.of((4, 5), (4, 5), causal=(False, True))
-    assert cpu_tiles.merged(causal) == causal
-
-
-# What it declines --------------------------------------------------------------------------------
-
-
-def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    neighborhood = Neighborhood.of((8,), (3,))
-    assert Cpu().supports(problem(neighborhood)) is None
-    for change, reason in (
-        ({"device": "cuda"}, "runs on cpu, not cuda"),
-        ({"dtype": torch.float64}, "takes fp32, bf16 and fp16, not torch.float64"),
-        ({"head_dim": 257}, "head size 257 is larger than 256"),
-    ):
-        assert Cpu().supports(problem(neighborhood, **change)) == reason
-    monkeypatch.setattr(cpu, "_available", False)
-    assert Cpu().supports(problem(neighborhood)) == "the native extension was not built"
-
-
-def test_without_the_extension_the_portable_provider_serves() -> None:
-    script = """
-import sys
-sys.modules["gna_compile._native"] = None
-import torch
-from gna_compile import ops, providers
-x = torch.randn(1, 2, 30, 8)
-print(ops.neighborhood_attention(x, x, x, grid=(30,), window=(5,)).shape[2])
-facts = next(iter(ops._resolved.values()))[0]
-print(providers.choose(facts).name, "|", providers.choose(facts, name="cpu"))
-"""
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout == "30\nportable | cpu: the native extension was not built\n"
-
-
-def test_the_kernel_refuses_what_it_cannot_take() -> None:
-    def native(**changes: Any) -> _native.Problem:
-        facts: dict[str, Any] = {
-            "type": 0,
-            "sizes": (1, 2, 2, 8),
-            "axes": [(8, 3, 1, 1, False)],
-            "prefix": 0,
-            "suffix": 0,
-            "log2_query_box": (4,),
-            "log2_key_box": (4,),
-            "scale": 1.0,
-            "key_mask": None,
-            "threads": 1,
-            "isa": "",
-        }
-        return _native.Problem(**(facts | changes))
-
-    x, lse = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8)
-    tensor = (x.data_ptr(), x.stride())
-    for change in (
-        {"type": 3},
-        {"sizes": (1, 3, 2, 8)},
-        {"sizes": (1, 2, 2, 2000)},
-        {"axes": [(8, 9, 1, 1, False)]},
-        {"axes": [(8, 3, 4, 1, False)]},
-        {"axes": [(8, 3, 1, 3, False)]},
-        {"prefix": -1},
-        {"log2_query_box": (3,)},
-        {"log2_key_box": (7,)},
-        {"threads": 0},
-    ):
-        with pytest.raises(ValueError, match="does not take this problem"):
-            _native.forward(native(**change), tensor, tensor, tensor, tensor, lse.data_ptr())
-    with pytest.raises(ValueError, match="no instruction set 'mmx'"):
-        _native.forward(native(isa="mmx"), tensor, tensor, tensor, tensor, lse.data_ptr())
-    with pytest.raises(ValueError, match="1 to 3 axes"):
-        native(axes=[])
-
-
-def test_fp64_goes_to_the_portable_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "PROVIDERS", [Cpu(), Portable()])
-    neighborhood = Neighborhood.of((8,), (3,))
-    for dtype, name in ((torch.float64, "portable"), (torch.bfloat16, "cpu")):
-        chosen = providers.choose(problem(neighborhood, dtype=dtype))
-        assert not isinstance(chosen, providers.Declined)
-        assert chosen.name == name

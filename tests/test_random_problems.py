@@ -174,13 +174,15 @@ def check(problem: RandomProblem) -> None:
     key, value = (
         problem.tensor(problem.batch, problem.kv_heads, tokens, problem.head_dim) for _ in range(2)
     )
-    inputs: list[Any] = [x.detach().requires_grad_() for x in (query, key, value)]
+    inputs = query, key, value = [x.detach().requires_grad_() for x in (query, key, value)]
     key_mask, global_tokens = None, problem.prefix + problem.suffix
     if problem.masks_keys:
         shown = [problem.rng.random() < 0.5 for _ in range(problem.batch * global_tokens)]
         key_mask = torch.tensor(shown, dtype=torch.bool).view(problem.batch, global_tokens)
     outputs = ops.neighborhood_attention(
-        *inputs,
+        query,
+        key,
+        value,
         **problem.geometry,
         prefix=problem.prefix,
         suffix=problem.suffix,
@@ -188,9 +190,7 @@ def check(problem: RandomProblem) -> None:
         scale=problem.scale,
         return_logsumexp=True,
     )
-    expected = oracle.attention(
-        *inputs, visible=visible, key_mask=key_mask, scale=problem.scale, prefix=problem.prefix
-    )
+    expected = oracle.attention(query, key, value, visible, key_mask, problem.scale, problem.prefix)
     of_output, of_grads, of_lse = TOLERANCE[problem.dtype]
     assert outputs[0].dtype == problem.dtype
     assert error(outputs[0], expected[0]) < of_output, problem
