@@ -8,7 +8,7 @@
 namespace gna {
 
 constexpr int most_lanes = 64;  // of a tile; a tile has 16, 32 or 64
-constexpr int chunk = 48;       // streamed tokens that are worked on at once; even
+constexpr int chunk = 96;       // streamed tokens that are worked on at once; even
 
 enum class Type : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
 constexpr int type_count = 3;

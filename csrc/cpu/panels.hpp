@@ -38,16 +38,14 @@ GNA_INLINE void for_row(const Rows& rows, int64_t token, int head_dim, Visit vis
   }
 }
 
-// Whether any element that went by was inf or NaN.
+// Whether any element that went by was inf or NaN: 0 times such an element is NaN.
 struct Watch {
-  Words seen{};
-  GNA_INLINE void operator()(Vec value) {
-    seen |= bits_of<Words>((bits_of<Words>(value) & 0x7f800000u) == 0x7f800000u);
-  }
+  Vec zeros{};
+  GNA_INLINE void operator()(Vec value) { zeros = value * 0.f + zeros; }
   GNA_INLINE bool any() const {
-    uint32_t all = 0;
-    for (int i = 0; i < width; ++i) all |= seen[i];
-    return all != 0;
+    bool all_zero = true;
+    for (int i = 0; i < width; ++i) all_zero &= zeros[i] == 0;
+    return !all_zero;
   }
 };
 
@@ -163,11 +161,12 @@ inline void transpose(const float* from, int rows, int columns, float* to) {
 template <class In, class Math>
 void read_lanes(const Rows& rows, const TileTokens& tokens, int head_dim, float* to, float* room) {
   const int pitch = dots_pitch<Math>(head_dim);
-  memset(room, 0, sizeof(float) * pitch * tokens.lanes);
   for (int lane = 0; lane < tokens.lanes; ++lane) {
-    if (tokens.lane_tokens[lane] < 0) continue;
     auto* row = reinterpret_cast<typename Math::Cell*>(room) + int64_t{lane} * pitch;
-    read_for_dots<In, Math>(rows, tokens.lane_tokens + lane, 1, head_dim, row);
+    if (tokens.lane_tokens[lane] < 0)
+      memset(row, 0, sizeof(float) * pitch);
+    else
+      read_for_dots<In, Math>(rows, tokens.lane_tokens + lane, 1, head_dim, row);
   }
   transpose(room, tokens.lanes, pitch, to);
 }

@@ -93,8 +93,18 @@ struct Fp32 {
   static GNA_INLINE void store(Element* to, Vec value) { GNA_ISA::store(to, value); }
 };
 
+#if defined(__AVX512F__)
+// GCC 12 makes several instructions of each conversion.
+GNA_INLINE Words widen(Halves halves) {
+  return bits_of<Words>(_mm512_cvtepu16_epi32(bits_of<__m256i>(halves)));
+}
+GNA_INLINE Halves narrow(Words words) {
+  return bits_of<Halves>(_mm512_cvtepi32_epi16(bits_of<__m512i>(words)));
+}
+#else
 GNA_INLINE Words widen(Halves halves) { return __builtin_convertvector(halves, Words); }
 GNA_INLINE Halves narrow(Words words) { return __builtin_convertvector(words, Halves); }
+#endif
 
 struct Bf16 {
   using Element = uint16_t;

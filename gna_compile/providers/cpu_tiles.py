@@ -16,8 +16,8 @@ from functools import lru_cache
 from gna_compile import _native
 from gna_compile.geometry import Axis, Neighborhood
 
-_PAIR_COST = {4: 1.3, 5: 1.08, 6: 1.0}
-"""By log2 of a tile's lanes: measured cost of a (lane, streamed token) pair, relative to 64 lanes."""
+_PAIR_COST = {4: 1.35, 5: 1.11, 6: 1.0}
+"""By log2 of a tile's lanes: cost of a (lane, streamed token) pair, relative to 64 lanes (measured)."""
 
 _TILE = 30.0  # reading a lane and writing it back, in streamed tokens
 
