@@ -48,6 +48,7 @@ def pairs(neighborhood: Neighborhood, boxes: Boxes) -> int:
     return grid + lanes * neighborhood.tokens
 
 
+@lru_cache(maxsize=256)
 def merged(neighborhood: Neighborhood) -> Neighborhood:
     """The same attention with neighbouring axes that hide nothing joined into one."""
     axes: list[Axis] = []
