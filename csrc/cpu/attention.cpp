@@ -95,7 +95,7 @@ int32_t for_tiles(const gna_problem& problem, const Tiling& tiling,
   const int64_t items = batch_heads * (global_tiles + tiling.count());
   const double pairs = double(tiling.pairs()) + 2.0 * double(global_tokens) * tiling.tokens();
   const double flops = pairs * flops_per_pair * double(batch_heads) * problem.head_dim;
-  return for_items(items, workers_for(flops, items, problem.threads), [&]() {
+  return for_items(items, flops, problem.threads, [&]() {
     return [&, visit = make_visit(), lists = Tiling::Lists{}](int64_t item) mutable {
       const bool global = item < batch_heads * global_tiles;
       const int64_t tiles = global ? global_tiles : tiling.count();

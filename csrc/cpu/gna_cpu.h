@@ -1,9 +1,9 @@
 /* The CPU kernel's C interface: neighbourhood attention, forward and backward.
  *
  * Definitions: gna_compile/geometry.py. Tensors are plain pointers with strides in elements, any
- * strides (0 and negative too); nothing is copied but a tile at a time. Calls keep no state: they
- * may come from several threads at once and from a forked process. Results are the same bits from
- * call to call and for any number of threads.
+ * strides (0 and negative too); nothing is copied but a tile at a time. Calls may come from several
+ * threads at once and from a forked process. Results are the same bits from call to call and for any
+ * number of threads.
  */
 #ifndef GNA_CPU_H
 #define GNA_CPU_H
