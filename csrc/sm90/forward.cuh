@@ -1,10 +1,14 @@
-// The forward kernel: one warpgroup loads, two compute, each block works through many query tiles.
+// The forward kernel: one warpgroup prepares and loads, two compute; a block does many query tiles.
 //
 // A query tile is 128 rows, 64 for each computing warpgroup; key tiles are 128 keys. Boxes of the
 // raster grid arrive in shared memory as the swizzled rows that the matrix unit reads, through rank-5
 // tensor maps, so tokens are never permuted. Within a warpgroup the softmax of a tile runs beside the
 // matrix work of the tile before it, and the two warpgroups take turns at the matrix unit, as in
 // FlashAttention-3 (arXiv 2407.08608).
+//
+// Who does what: the planner warp works out the next query tile (geometry, and what each row sees);
+// the loader warp walks its key tiles, judges them for both halves of the rows and has them loaded;
+// the computing warps find all decisions in shared memory.
 #pragma once
 
 #include "parameters.cuh"
@@ -13,47 +17,21 @@
 
 namespace gna::sm90 {
 
-// Which query tile of which head is to be done.
-struct Work {
-  int32_t batch, head;
-  int32_t tile;  // of the head
-};
-
-// All work: the query tiles of global tokens, which are the longest, of all heads; then head by head.
-__device__ __forceinline__ bool work_of(const Parameters& parameters, int index, Work& work) {
-  const int globals = global_query_tiles(parameters.problem);
-  const int grids = grid_query_tiles(parameters.problem);
-  const int heads = parameters.batch * parameters.heads;
-  int head;
-  if (index < globals * heads) {
-    head = index / globals;
-    work.tile = index % globals;
-  } else {
-    index -= globals * heads;
-    head = index / grids;
-    work.tile = globals + index % grids;
-  }
-  work.batch = head / parameters.heads;
-  work.head = head % parameters.heads;
-  return head < heads;
-}
-
-// A ring of buffers in shared memory: each is filled by the copy engine and released by every warp.
+// Barriers of a ring of buffers: `full` when filled, `empty` when all its readers have released it.
 struct Ring {
   uint64_t* full;
   uint64_t* empty;
 };
 
+// A count of buffers used so far of a ring of `stages`, a power of two.
+template <int stages>
 struct Place {
-  int stage = 0;
-  uint32_t parity = 0;
+  uint32_t count = 0;
 
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  static_assert((stages & (stages - 1)) == 0);
+  __device__ __forceinline__ int stage() const { return static_cast<int>(count % stages); }
+  __device__ __forceinline__ uint32_t parity() const { return count / stages & 1; }
+  __device__ __forceinline__ void advance() { ++count; }
 };
 
 template <typename Element, int head_dim>
@@ -61,31 +39,129 @@ struct Forward {
   using Shape = Layout<head_dim>;
   static constexpr int boxes = Shape::boxes;
   static constexpr int stages = Shape::stages;
+  static constexpr int slots = Shape::work_slots;
   static constexpr int tile_bytes = Shape::tile_bytes;
-  static constexpr int warps = 8;  // that compute
+  static constexpr int computing_warps = 8;
+#ifdef NO_TURNS
+  static constexpr bool turns = false;
+#else
+  static constexpr bool turns = true;
+#endif
 
   const Parameters& parameters;
   const Problem& problem;
   uint8_t* shared;
-  Ring queries, keys, values;
+  KeyRecord* key_records;
+  WorkRecord* work_records;
+  Ring queries, keys, values, works;
 
   __device__ __forceinline__ Forward(const Parameters& parameters, uint8_t* shared)
-      : parameters(parameters), problem(parameters.problem), shared(shared) {
+      : parameters(parameters),
+        problem(parameters.problem),
+        shared(shared),
+        key_records(reinterpret_cast<KeyRecord*>(shared + Shape::key_records)),
+        work_records(reinterpret_cast<WorkRecord*>(shared + Shape::work_records)) {
     auto* barriers = reinterpret_cast<uint64_t*>(shared + Shape::barriers);
     keys = {barriers, barriers + stages};
     values = {barriers + 2 * stages, barriers + 3 * stages};
     queries = {barriers + 4 * stages, barriers + 4 * stages + 1};
+    works = {barriers + 4 * stages + 2, barriers + 4 * stages + 2 + slots};
   }
 
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < stages; ++stage)
       for (const Ring& ring : {keys, values}) {
         barrier_init(ring.full + stage, 1);
-        barrier_init(ring.empty + stage, warps);
+        barrier_init(ring.empty + stage, computing_warps);
       }
     barrier_init(queries.full, 1);
-    barrier_init(queries.empty, warps);
+    barrier_init(queries.empty, computing_warps);
+    for (int slot = 0; slot < slots; ++slot) {
+      barrier_init(works.full + slot, 1);
+      barrier_init(works.empty + slot, computing_warps + 1);
+    }
     barrier_init_fence();
+  }
+
+  // This warp is done with a buffer.
+  __device__ __forceinline__ static void release(uint64_t* empty) {
+    if (threadIdx.x % 32 == 0) arrive(empty);
+  }
+
+  // Planning --------------------------------------------------------------------------------------
+
+  // One warp. The query tiles of global tokens, which are the longest, of all heads come first; then
+  // it goes head by head, so that keys stay in the cache.
+  __device__ __forceinline__ void plan() const {
+    const int globals = global_query_tiles(problem);
+    const int grids = grid_query_tiles(problem);
+    const int heads = parameters.batch * parameters.heads;
+    Place<slots> slot;
+    for (int index = blockIdx.x; index < (globals + grids) * heads; index += gridDim.x) {
+      const bool global = index < globals * heads;
+      const int place = global ? index : index - globals * heads;
+      const int head = place / (global ? globals : grids);
+      const int tile = place - head * (global ? globals : grids) + (global ? 0 : globals);
+      wait(works.empty + slot.stage(), slot.parity() ^ 1);
+      if (!plan_tile(work_records[slot.stage()], head, tile)) continue;
+      if (threadIdx.x % 32 == 0) arrive(works.full + slot.stage());
+      slot.advance();
+    }
+    wait(works.empty + slot.stage(), slot.parity() ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      work_records[slot.stage()].done = true;
+      arrive(works.full + slot.stage());
+    }
+  }
+
+  // One warp; false if the tile is empty.
+  __device__ __forceinline__ bool plan_tile(WorkRecord& work, int head, int index) const {
+    const int lane = threadIdx.x % 32;
+    QueryTile& tile = work.tile;
+    const int globals = global_query_tiles(problem);
+    const int in_prefix = tiles_of(problem.prefix, log2_tile);
+    const bool of_grid = index >= globals;
+    if (lane == 0) {
+      work.batch = head / parameters.heads;
+      work.head = head % parameters.heads;
+      work.done = false;
+      tile.part = of_grid ? grid_part : index < in_prefix ? prefix_part : suffix_part;
+      tile.first = (index < in_prefix ? index : index - in_prefix) << log2_tile;
+    }
+    // One axis a lane.
+    bool empty = false;
+    if (lane < max_axes) {
+      tile.axes[lane] = of_grid ? query_axis(problem, lane, place_along(problem, lane, index - globals))
+                                : whole_axis(problem, lane);
+      empty = tile.axes[lane].queries.begin >= tile.axes[lane].queries.end;
+    }
+    __syncwarp();
+    if (__any_sync(full_warp, empty)) return false;
+    // One axis of one half a lane.
+    bool sees_any = true;
+    if (lane < 2 * max_axes) {
+      const int half = lane / max_axes, a = lane % max_axes;
+      const RowsAxis rows = rows_axis(problem, tile, a, half * half_rows, log2_half);
+      work.halves[half][a] = rows;
+      sees_any = rows.sees.begin < rows.sees.end;
+    }
+    const uint32_t blind = ~__ballot_sync(full_warp, sees_any);
+    if (lane < 2) work.has_rows[lane] = (blind >> (max_axes * lane) & 7) == 0;
+    int start = 0;
+#pragma unroll 1
+    for (int a = 0; a < max_axes; ++a) {
+      const int extent = 1 << problem.axes[a].log2_query;
+      const QueryAxis& axis = tile.axes[a];
+#pragma unroll 1
+      for (int at = lane; at < extent; at += 32) {
+        // A row outside the grid is computed like the last one inside, and not stored.
+        const int query = smaller(axis.queries.begin + at, axis.axis.length - 1);
+        work.sees[start + at] = of_grid ? keys_of(axis.axis, query) : axis.keys;
+      }
+      start += extent;
+    }
+    __syncwarp();
+    return true;
   }
 
   // Loading ---------------------------------------------------------------------------------------
@@ -102,56 +178,106 @@ struct Forward {
     return maps.planes.per_batch * batch + maps.planes.per_head * head;
   }
 
-  __device__ __forceinline__ void load_keys(const Maps& maps, const Work& work,
-                                            const QueryTile& query, const KeyTile& tile,
-                                            uint64_t* full, uint8_t* to) const {
-    const int plane = plane_of(maps, work.batch, work.head / parameters.heads_per_kv_head);
-    if (tile.part == grid_part)
-      load_tile(query.part == grid_part ? maps.of_part[grid_part] : maps.undilated, plane, full, to,
-                query.group[2] + query.step[2] * tile.at[2],
-                query.group[1] + query.step[1] * tile.at[1],
-                query.group[0] + query.step[0] * tile.at[0]);
-    else
-      load_tile(maps.of_part[tile.part], plane, full, to, tile.at[2], 0, 0);
+  // The coordinate in the grid of a position in the dilation group.
+  __device__ __forceinline__ static int token_of(const QueryAxis& axis, int position) {
+    return axis.group + axis.step * position;
   }
 
+  __device__ __forceinline__ void load_query(const WorkRecord& work) const {
+    const QueryTile& tile = work.tile;
+    int at[max_axes] = {0, 0, tile.first};
+    if (tile.part == grid_part)
+      for (int a = 0; a < max_axes; ++a)
+        at[a] = token_of(tile.axes[a], tile.axes[a].queries.begin);
+    load_tile(parameters.query.of_part[tile.part],
+              plane_of(parameters.query, work.batch, work.head), queries.full,
+              shared + Shape::query, at[2], at[1], at[0]);
+  }
+
+  __device__ __forceinline__ void load_keys(const Maps& maps, const WorkRecord& work,
+                                            const KeyTile& tile, uint64_t* full,
+                                            uint8_t* to) const {
+    const int plane = plane_of(maps, work.batch, work.head / parameters.heads_per_kv_head);
+    if (tile.part != grid_part) {
+      load_tile(maps.of_part[tile.part], plane, full, to, tile.at[2], 0, 0);
+      return;
+    }
+    const QueryTile& query = work.tile;
+    load_tile(query.part == grid_part ? maps.of_part[grid_part] : maps.undilated, plane, full, to,
+              token_of(query.axes[2], tile.at[2]), token_of(query.axes[1], tile.at[1]),
+              token_of(query.axes[0], tile.at[0]));
+  }
+
+  // The flags of a key tile but for last_tile. Lane 4 h + a has axis a of half h of the rows.
+  __device__ __forceinline__ uint32_t judge(const WorkRecord& work, const RowsAxis& rows,
+                                            int log2_extent, const KeyTile& tile) const {
+    if (tile.part != grid_part) {
+      const bool masked = parameters.key_mask != nullptr ||
+                          tile.at[2] + tile_rows > part_tokens(problem, tile.part);
+      return (masked ? globals_masked : 0) | (work.has_rows[0] ? 0 : skipped) |
+             (work.has_rows[1] ? 0 : skipped << half_bits) |
+             static_cast<uint32_t>(tile.part) << part_shift;
+    }
+    const int axis = threadIdx.x % 4;
+    const int at = axis == 0 ? tile.at[0] : axis == 1 ? tile.at[1] : tile.at[2];
+    const uint32_t missed = ~__ballot_sync(full_warp, meets(rows, at, log2_extent));
+    const uint32_t masked = ~__ballot_sync(full_warp, is_interior(rows, at, log2_extent));
+    return (masked & (axes_masked | axes_masked << half_bits)) | (missed & axes_masked ? skipped : 0) |
+           (missed >> half_bits & axes_masked ? skipped << half_bits : 0);
+  }
+
+  // One warp; its first lane talks to the copy engine.
   __device__ __forceinline__ void load() const {
-    Place key, query;
-    Work work;
-    for (int index = blockIdx.x; work_of(parameters, index, work); index += gridDim.x) {
-      const QueryTile tile = query_tile(problem, work.tile);
-      if (tile.empty) continue;
-      wait(queries.empty, query.parity ^ 1);
-      const bool of_grid = tile.part == grid_part;
-      load_tile(parameters.query.of_part[tile.part],
-                plane_of(parameters.query, work.batch, work.head), queries.full,
-                shared + Shape::query,
-                of_grid ? tile.group[2] + tile.step[2] * tile.queries[2].begin : tile.first,
-                of_grid ? tile.group[1] + tile.step[1] * tile.queries[1].begin : 0,
-                of_grid ? tile.group[0] + tile.step[0] * tile.queries[0].begin : 0);
-      query.advance(1);
-      for (KeyWalk walk(tile); !walk.done; walk.next(problem, tile)) {
-        wait(keys.empty + key.stage, key.parity ^ 1);
-        load_keys(parameters.key, work, tile, walk.tile, keys.full + key.stage,
-                  shared + Shape::key + key.stage * tile_bytes);
-        wait(values.empty + key.stage, key.parity ^ 1);
-        load_keys(parameters.value, work, tile, walk.tile, values.full + key.stage,
-                  shared + Shape::value + key.stage * tile_bytes);
-        key.advance(stages);
+    const int lane = threadIdx.x % 32;
+    const bool leads = lane == 0;
+    const int axis = smaller(lane % 4, max_axes - 1);
+    const int log2_extent = problem.axes[axis].log2_key;
+    Place<stages> key;
+    Place<1> query;
+    Place<slots> slot;
+    while (true) {
+      wait(works.full + slot.stage(), slot.parity());
+      const WorkRecord& work = work_records[slot.stage()];
+      if (work.done) break;
+      wait(queries.empty, query.parity() ^ 1);
+      if (leads) load_query(work);
+      query.advance();
+      const RowsAxis rows = work.halves[lane / 4 % 2][axis];
+      KeyWalk walk(work.tile);
+      while (!walk.done) {
+        const KeyTile tile = walk.tile;
+        uint32_t flags = judge(work, rows, log2_extent, tile);
+        walk.next(problem, work.tile);
+        if (walk.done) flags |= last_tile;
+        wait(keys.empty + key.stage(), key.parity() ^ 1);
+        if (leads) {
+          key_records[key.stage()] = {{tile.at[0], tile.at[1], tile.at[2]}, flags};
+          load_keys(parameters.key, work, tile, keys.full + key.stage(),
+                    shared + Shape::key + key.stage() * tile_bytes);
+        }
+        wait(values.empty + key.stage(), key.parity() ^ 1);
+        if (leads)
+          load_keys(parameters.value, work, tile, values.full + key.stage(),
+                    shared + Shape::value + key.stage() * tile_bytes);
+        key.advance();
       }
+      __syncwarp();
+      release(works.empty + slot.stage());
+      slot.advance();
     }
   }
 
   // Computing -------------------------------------------------------------------------------------
 
-  // Every warp has read the buffer.
-  __device__ __forceinline__ static void release(uint64_t* empty) {
-    if (threadIdx.x % 32 == 0) arrive(empty);
-  }
-
   // The two warpgroups take turns, one turn for each key tile, at handing work to the matrix unit.
-  __device__ __forceinline__ static void await_turn(int half) { named_sync<256>(1 + half); }
-  __device__ __forceinline__ static void pass_turn(int half) { named_arrive<256>(2 - half); }
+  __device__ __forceinline__ static void await_turn(int half) { if (turns) named_sync<256>(1 + half); }
+  __device__ __forceinline__ static void pass_turn(int half) { if (turns) named_arrive<256>(2 - half); }
+
+  __device__ __forceinline__ KeyRecord await_keys(const Place<stages>& key) const {
+    wait(keys.full + key.stage(), key.parity());
+    const int4 raw = *reinterpret_cast<const int4*>(key_records + key.stage());
+    return {{raw.x, raw.y, raw.z}, static_cast<uint32_t>(raw.w)};
+  }
 
   __device__ __forceinline__ void start_scores(float (&scores)[64], int half, int stage) const {
     const uint64_t a =
@@ -183,114 +309,131 @@ struct Forward {
     pin(output);
   }
 
+  // `flags`: the record's, shifted so that this half's bits come first.
   __device__ __forceinline__ void mask(float (&scores)[64], const ThreadRows& rows, int batch,
-                                       const KeyTile& tile) const {
+                                       const KeyRecord& tile, uint32_t half_flags) const {
+    const uint32_t axes = half_flags & axes_masked;
+    if (axes == 0 && !(tile.flags & globals_masked)) return;
     uint32_t words[2][4];
-    if (tile.part == grid_part)
-      grid_mask(problem, rows, tile, words);
+    if (axes != 0)
+      grid_mask(parameters, rows, tile, axes, words);
     else
-      global_mask(parameters, batch, tile, words);
+      global_mask(parameters, batch, tile.flags >> part_shift & 3, tile.at[2], words);
     hide(scores, words);
   }
 
   __device__ __forceinline__ void compute(int half) const {
     const int thread = threadIdx.x % 128;
     const int row = half * half_rows + thread / 32 * 16 + thread % 32 / 4;
+    const int shift = half * half_bits;
     const float scale = parameters.scale_log2;
-    const bool hides_globals = parameters.key_mask != nullptr;
-    Place key, query;
-    Work work;
+    Place<stages> key;
+    Place<1> query;
+    Place<slots> slot;
     if (half == 1) pass_turn(half);
-    for (int index = blockIdx.x; work_of(parameters, index, work); index += gridDim.x) {
-      const QueryTile tile = query_tile(problem, work.tile);
-      if (tile.empty) continue;
-      const Rows own = rows_of(problem, tile, half * half_rows, log2_half);
+    while (true) {
+      wait(works.full + slot.stage(), slot.parity());
+      const WorkRecord& work = work_records[slot.stage()];
+      if (work.done) break;
+      const int batch = work.batch;
       ThreadRows rows;
-      start_rows(problem, tile, row, rows);
+      start_rows(parameters, work, row, rows);
       float scores[64], output[head_dim / 2], rescale[2];
       uint32_t weights[32];
 #pragma unroll
       for (float& x : output) x = 0.0f;
 
-      wait(queries.full, query.parity);
-      KeyWalk walk(tile);
+      wait(queries.full, query.parity());
+      KeyRecord tile = await_keys(key);
+      bool ended = false;
       while (true) {
-        for (; !walk.done && !visits(problem, own, walk.tile); walk.next(problem, tile)) {
+        while (tile.flags >> shift & skipped) {
           await_turn(half);
           pass_turn(half);
-          wait(keys.full + key.stage, key.parity);
-          release(keys.empty + key.stage);
-          wait(values.full + key.stage, key.parity);
-          release(values.empty + key.stage);
-          key.advance(stages);
+          release(keys.empty + key.stage());
+          wait(values.full + key.stage(), key.parity());
+          release(values.empty + key.stage());
+          key.advance();
+          ended = tile.flags & last_tile;
+          if (ended) break;
+          tile = await_keys(key);
         }
-        if (walk.done) break;
+        if (ended) {
+          release(queries.empty);
+          break;
+        }
 
-        wait(keys.full + key.stage, key.parity);
         await_turn(half);
-        start_scores(scores, half, key.stage);
+        start_scores(scores, half, key.stage());
         pass_turn(half);
         matrix_wait<0>();
         pin(scores);
-        release(keys.empty + key.stage);
-        if (!is_interior(problem, own, walk.tile, hides_globals))
-          mask(scores, rows, work.batch, walk.tile);
+        release(keys.empty + key.stage());
+        ended = tile.flags & last_tile;
+        if (ended) release(queries.empty);
+        mask(scores, rows, batch, tile, tile.flags >> shift);
         soften(scores, rows, scale, rescale);
-        rescale_rows(output, rescale);
+        if (needs_rescale(rows, rescale)) scale_rows(output, rescale);
         pack_weights<Element>(scores, weights);
-        Place value = key;
-        key.advance(stages);
-        walk.next(problem, tile);
+        Place<stages> value = key;
+        key.advance();
 
         // The scores of a tile, and the output of the tile before it.
-        for (; !walk.done && visits(problem, own, walk.tile); walk.next(problem, tile)) {
-          wait(keys.full + key.stage, key.parity);
+        while (!ended) {
+          tile = await_keys(key);
+          if (tile.flags >> shift & skipped) break;
           await_turn(half);
-          start_scores(scores, half, key.stage);
-          wait(values.full + value.stage, value.parity);
-          start_output(output, weights, value.stage);
+          start_scores(scores, half, key.stage());
+          wait(values.full + value.stage(), value.parity());
+          start_output(output, weights, value.stage());
           pass_turn(half);
           matrix_wait<1>();
           pin(scores);
-          release(keys.empty + key.stage);
-          if (!is_interior(problem, own, walk.tile, hides_globals))
-            mask(scores, rows, work.batch, walk.tile);
+          release(keys.empty + key.stage());
+          ended = tile.flags & last_tile;
+          if (ended) release(queries.empty);
+          mask(scores, rows, batch, tile, tile.flags >> shift);
           soften(scores, rows, scale, rescale);
+          if (needs_rescale(rows, rescale)) {
+            matrix_wait<0>();
+            pin(output);
+            scale_rows(output, rescale);
+          }
           matrix_wait<0>();
           pin(output);
           pin(weights);
-          release(values.empty + value.stage);
-          rescale_rows(output, rescale);
+          release(values.empty + value.stage());
           pack_weights<Element>(scores, weights);
           value = key;
-          key.advance(stages);
+          key.advance();
         }
 
-        wait(values.full + value.stage, value.parity);
-        start_output(output, weights, value.stage);
+        wait(values.full + value.stage(), value.parity());
+        start_output(output, weights, value.stage());
         matrix_wait<0>();
         pin(output);
-        release(values.empty + value.stage);
+        release(values.empty + value.stage());
+        if (ended) break;
       }
-      release(queries.empty);
-      query.advance(1);
-      if (!own.empty) finish(output, rows, work, tile, half, row);
+      query.advance();
+      if (work.has_rows[half]) finish(output, rows, work, half, row);
+      release(works.empty + slot.stage());
+      slot.advance();
     }
     if (thread == 0) wait_stores_read();
   }
 
   // The end of a query tile: divides by the sums and stores.
   __device__ __forceinline__ void finish(float (&output)[head_dim / 2], ThreadRows& rows,
-                                         const Work& work, const QueryTile& tile, int half,
-                                         int row) const {
+                                         const WorkRecord& work, int half, int row) const {
     const int thread = threadIdx.x % 128;
     const int lane = thread % 32;
-    float inverse[2];
+    float sums[2][2] = {{rows.sum[0], 0.0f}, {rows.sum[1], 0.0f}}, inverse[2];
+    row_reduce(sums, [](float a, float b) { return a + b; });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = row_sum(rows.sum[r]);
-      inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      if (lane % 4 == 0) store_logsumexp(rows.top[r], sum, work, tile, row + 8 * r);
+      inverse[r] = sums[r][0] == 0.0f ? 0.0f : 1.0f / sums[r][0];
+      if (lane % 4 == 0) store_logsumexp(rows.top[r], sums[r][0], work, row + 8 * r);
     }
     scale_rows(output, inverse);
 
@@ -311,14 +454,12 @@ struct Forward {
     fence_shared_for_copies();
     named_sync<128>(3 + half);
     if (thread == 0) {
-      int at[max_axes];
-#pragma unroll
-      for (int a = 0; a < max_axes; ++a)
-        at[a] = tile.part != grid_part
-                    ? 0
-                    : tile.group[a] + tile.step[a] * (tile.queries[a].begin +
-                                                      row_coordinate(problem, half * half_rows, a));
-      if (tile.part != grid_part) at[2] = tile.first + half * half_rows;
+      const QueryTile& tile = work.tile;
+      int at[max_axes] = {0, 0, tile.first + half * half_rows};
+      if (tile.part == grid_part)
+        for (int a = 0; a < max_axes; ++a)
+          at[a] = token_of(tile.axes[a], tile.axes[a].queries.begin +
+                                             row_coordinate(problem, half * half_rows, a));
 #pragma unroll
       for (int box = 0; box < boxes; ++box)
         store_box(parameters.output.of_part[tile.part], own + box * half_rows * row_bytes,
@@ -328,8 +469,9 @@ struct Forward {
     }
   }
 
-  __device__ __forceinline__ void store_logsumexp(float top, float sum, const Work& work,
-                                                  const QueryTile& tile, int row) const {
+  __device__ __forceinline__ void store_logsumexp(float top, float sum, const WorkRecord& work,
+                                                  int row) const {
+    const QueryTile& tile = work.tile;
     const int grid_tokens =
         problem.axes[0].length * problem.axes[1].length * problem.axes[2].length;
     bool inside = true;
@@ -337,9 +479,10 @@ struct Forward {
     if (tile.part == grid_part) {
 #pragma unroll
       for (int a = 0; a < max_axes; ++a) {
-        const int position = tile.queries[a].begin + row_coordinate(problem, row, a);
-        inside &= position < tile.axes[a].length;
-        token = token * problem.axes[a].length + tile.group[a] + tile.step[a] * position;
+        const QueryAxis& axis = tile.axes[a];
+        const int position = axis.queries.begin + row_coordinate(problem, row, a);
+        inside &= position < axis.axis.length;
+        token = token * problem.axes[a].length + token_of(axis, position);
       }
       token += problem.prefix;
     } else {
@@ -364,10 +507,13 @@ __global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Pa
   if (threadIdx.x == 0) kernel.init_barriers();
   __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<24>();
-    if (threadIdx.x == 0) kernel.load();
+    give_registers<40>();
+    if (threadIdx.x < 32)
+      kernel.load();
+    else if (threadIdx.x < 64)
+      kernel.plan();
   } else {
-    take_registers<240>();
+    take_registers<232>();
     kernel.compute(threadIdx.x / 128 - 1);
   }
 }

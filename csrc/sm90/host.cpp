@@ -316,6 +316,10 @@ int32_t run(const gna_sm90_problem& plain, const gna_sm90_tensor& query, const g
             make_maps(plain, problem, one.tensor, one.heads, one.box, one.rows, one.maps))
       return code;
   parameters.problem = problem;
+  for (int a = max_axes - 1, log2_inner = 0; a >= 0; --a) {
+    parameters.key_words[a] = axis_words(log2_inner, problem.axes[a].log2_key);
+    log2_inner += problem.axes[a].log2_key;
+  }
   parameters.batch = plain.batch;
   parameters.heads = plain.heads;
   parameters.heads_per_kv_head = plain.heads / plain.kv_heads;

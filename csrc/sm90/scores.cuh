@@ -5,7 +5,7 @@
 #pragma once
 
 #include "gna/bits.h"
-#include "gna/walk.h"
+#include "gna/box_mask.h"
 #include "parameters.cuh"
 #include "ptx.cuh"
 
@@ -14,47 +14,50 @@ namespace gna::sm90 {
 constexpr float infinity = __builtin_huge_valf();
 constexpr unsigned full_warp = 0xffffffffu;
 
-// The two rows of a thread: which keys they see, and their softmax so far.
+// The two rows of a thread.
 struct ThreadRows {
-  Range sees[2][max_axes];
-  float top[2];  // the largest score when the sums were last rescaled
-  float sum[2];  // of this thread's columns
+  Range sees[2][max_axes];  // keys, relative to the first one of this lane's word
+  float top[2];             // the largest score when the sums were last rescaled
+  float sum[2];             // of this thread's columns
 };
 
-__device__ __forceinline__ void start_rows(const Problem& problem, const QueryTile& tile, int row,
-                                           ThreadRows& rows) {
+// `row`: the first of the two; the other lies 8 further.
+__device__ __forceinline__ void start_rows(const Parameters& parameters, const WorkRecord& work,
+                                           int row, ThreadRows& rows) {
+  int axis_start = 0;
+#pragma unroll
+  for (int a = 0; a < max_axes; ++a) {
+    const int first = first_of_word(parameters.key_words[a], threadIdx.x % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Range sees =
+          work.sees[axis_start + row_coordinate(parameters.problem, row + 8 * r, a)];
+      rows.sees[r][a] = {sees.begin - first, sees.end - first};
+    }
+    axis_start += 1 << parameters.problem.axes[a].log2_query;
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     rows.top[r] = -infinity;
     rows.sum[r] = 0.0f;
-#pragma unroll
-    for (int a = 0; a < max_axes; ++a) {
-      rows.sees[r][a] = tile.keys[a];
-      if (tile.part != grid_part) continue;
-      const int query = tile.queries[a].begin + row_coordinate(problem, row + 8 * r, a);
-      // A row outside the grid is computed like the last one inside, and not stored.
-      rows.sees[r][a] = keys_of(tile.axes[a], smaller(query, tile.axes[a].length - 1));
-    }
   }
 }
 
 // Visible columns of a tile of grid keys, 32 a word, for both rows.
-__device__ __forceinline__ void grid_mask(const Problem& problem, const ThreadRows& rows,
-                                          const KeyTile& tile, uint32_t (&words)[2][4]) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void grid_mask(const Parameters& parameters, const ThreadRows& rows,
+                                          const KeyRecord& tile, uint32_t axes,
+                                          uint32_t (&words)[2][4]) {
   // The four lanes of a row work out one word each.
   uint32_t own[2] = {all_bits, all_bits};
-  int log2_inner = 0;
 #pragma unroll
-  for (int a = max_axes - 1; a >= 0; --a) {
-    const int log2_extent = problem.axes[a].log2_key;
+  for (int a = 0; a < max_axes; ++a) {
+    if (!(axes & 1 << a)) continue;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Range sees = rows.sees[r][a];
-      own[r] &= axis_bits({sees.begin - tile.at[a], sees.end - tile.at[a]}, log2_inner, log2_extent,
-                          lane % 4);
+      own[r] &= word_bits(parameters.key_words[a],
+                          {sees.begin - tile.at[a], sees.end - tile.at[a]});
     }
-    log2_inner += log2_extent;
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -65,14 +68,14 @@ __device__ __forceinline__ void grid_mask(const Problem& problem, const ThreadRo
 
 // Visible columns of a tile of global keys, alike for all rows.
 __device__ __forceinline__ void global_mask(const Parameters& parameters, int batch,
-                                            const KeyTile& tile, uint32_t (&words)[2][4]) {
+                                            int part, int first, uint32_t (&words)[2][4]) {
   const Problem& problem = parameters.problem;
   const int lane = threadIdx.x % 32;
-  const int tokens = part_tokens(problem, tile.part);
-  const int before = tile.part == suffix_part ? problem.prefix : 0;
+  const int tokens = part_tokens(problem, part);
+  const int before = part == suffix_part ? problem.prefix : 0;
 #pragma unroll
   for (int word = 0; word < 4; ++word) {
-    const int token = tile.at[2] + 32 * word + lane;
+    const int token = first + 32 * word + lane;
     bool visible = token < tokens;
     if (visible && parameters.key_mask != nullptr)
       visible = parameters.key_mask[batch * parameters.key_mask_batch_stride +
@@ -98,15 +101,16 @@ __device__ __forceinline__ void hide(float (&scores)[64], const uint32_t (&words
     }
 }
 
-// The largest (with fmaxf) or the sum over the four lanes of a row.
-__device__ __forceinline__ float row_largest(float x) {
-  x = fmaxf(x, __shfl_xor_sync(full_warp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(full_warp, x, 2));
-}
-
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(full_warp, x, 1);
-  return x + __shfl_xor_sync(full_warp, x, 2);
+// Both rows' [r][0] over their pairs and then over the four lanes of a row.
+template <typename Combine>
+__device__ __forceinline__ void row_reduce(float (&x)[2][2], Combine combine) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) x[r][0] = combine(x[r][0], x[r][1]);
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      x[r][0] = combine(x[r][0], __shfl_xor_sync(full_warp, x[r][0], distance));
 }
 
 // Turns scores into weights relative to `top`; `rescale` is what earlier weights are now to be
@@ -118,28 +122,31 @@ __device__ __forceinline__ float row_sum(float x) {
 __device__ __forceinline__ void soften(float (&scores)[64], ThreadRows& rows, float scale_log2,
                                        float (&rescale)[2]) {
   constexpr float most = 8.0f;
+  // Two chains a row, and both rows side by side, for what can run at the same time.
+  float largest[2][2], sums[2][2] = {}, offset[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) largest[i / 2][i % 2] = scores[i];
+#pragma unroll
+  for (int i = 4; i < 64; ++i)
+    largest[i / 2 % 2][i % 2] = fmaxf(largest[i / 2 % 2][i % 2], scores[i]);
+  row_reduce(largest, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float largest = fmaxf(scores[2 * r], scores[2 * r + 1]);
-#pragma unroll
-    for (int n = 1; n < 16; ++n)
-      largest = fmaxf(largest, fmaxf(scores[4 * n + 2 * r], scores[4 * n + 2 * r + 1]));
-    largest = fmaxf(rows.top[r], row_largest(largest));
-    const bool grows = (largest - rows.top[r]) * scale_log2 > most;
-    rescale[r] = grows ? exp2_approximate((rows.top[r] - largest) * scale_log2) : 1.0f;
-    rows.top[r] = grows ? largest : rows.top[r];
-    const float offset = rows.top[r] == -infinity ? 0.0f : rows.top[r] * scale_log2;
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < 16; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& score = scores[4 * n + 2 * r + e];
-        score = exp2_approximate(fmaf(score, scale_log2, -offset));
-        sum += score;
-      }
-    rows.sum[r] = fmaf(rows.sum[r], rescale[r], sum);
+    const float top = fmaxf(rows.top[r], largest[r][0]);
+    const bool grows = (top - rows.top[r]) * scale_log2 > most;
+    rescale[r] = grows ? exp2_approximate((rows.top[r] - top) * scale_log2) : 1.0f;
+    rows.top[r] = grows ? top : rows.top[r];
+    offset[r] = rows.top[r] == -infinity ? 0.0f : rows.top[r] * scale_log2;
   }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    const int r = i / 2 % 2;
+    scores[i] = exp2_approximate(fmaf(scores[i], scale_log2, -offset[r]));
+    sums[r][i % 2] += scores[i];
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    rows.sum[r] = fmaf(rows.sum[r], rescale[r], sums[r][0] + sums[r][1]);
 }
 
 // Multiplies the rows of an accumulator.
@@ -149,9 +156,14 @@ __device__ __forceinline__ void scale_rows(float (&accumulator)[n], const float 
   for (int i = 0; i < n; ++i) accumulator[i] *= by[(i / 2) % 2];
 }
 
-template <int n>
-__device__ __forceinline__ void rescale_rows(float (&accumulator)[n], const float (&by)[2]) {
-  if (__any_sync(full_warp, by[0] != 1.0f || by[1] != 1.0f)) scale_rows(accumulator, by);
+// Whether earlier weights of any row of this warp are to be multiplied.
+//
+// Sums are never negative. But as the branch on this needs them, the assembler must put the whole
+// softmax before it, and so beside the matrix work that is waited for behind it; left to itself it
+// moves the exponentials behind the wait.
+__device__ __forceinline__ bool needs_rescale(const ThreadRows& rows, const float (&rescale)[2]) {
+  return __any_sync(full_warp, rescale[0] != 1.0f || rescale[1] != 1.0f ||
+                                   rows.sum[0] < 0.0f || rows.sum[1] < 0.0f);
 }
 
 // Weights as the matrix unit takes them from registers: the layout of the scores, 16-bit.

@@ -85,7 +85,8 @@ class Sm90:
             query, scale = -query, -scale
         native = _native_problem(problem, key_mask, max(scale, _SMALLEST_SCALE))
         written = output if _is_writable(problem, output) else torch.empty_like(query)
-        views = [_view(_aligned(tensor)) for tensor in (query, key, value)]
+        # Copies, if any, must outlive the launch: until then their memory could be handed out again.
+        inputs = [_aligned(tensor) for tensor in (query, key, value)]
         device = query.device.index
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
@@ -93,7 +94,7 @@ class Sm90:
             assert loaded is not None
             code = loaded.gna_sm90_forward(
                 byref(native),
-                *(byref(view) for view in views),
+                *(byref(_view(tensor)) for tensor in inputs),
                 byref(_view(written)),
                 logsumexp.data_ptr(),
                 stream,

@@ -56,18 +56,46 @@ GNA_HD constexpr int32_t grid_query_tiles(const Problem& problem) {
   return problem.axes[0].query_tiles * problem.axes[1].query_tiles * problem.axes[2].query_tiles;
 }
 
-struct QueryTile {
-  int32_t part;
-  int32_t first;            // of global tokens: the first one, counted within the part
-  Axis axes[max_axes];      // what the keys lie on: a dilation group, or the whole axis
-  int32_t group[max_axes];  // the dilation group, its first token
-  int32_t step[max_axes];   // tokens between two positions of the group
-  Range queries[max_axes];  // positions of the box, cut at the group's end
-  Range keys[max_axes];     // the union box
-  bool empty;               // no query lies in it
+// One axis of a query tile of the grid.
+struct QueryAxis {
+  Axis axis;      // what the keys lie on: a dilation group, or the whole axis
+  int32_t group;  // the dilation group, its first token
+  int32_t step;   // tokens between two positions of the group
+  Range queries;  // positions of the box, cut at the group's end; empty if the group is too short
+  Range keys;     // the union box
 };
 
-// `index` counts the query tiles of one head: those of global tokens, then the grid's in raster order.
+struct QueryTile {
+  int32_t part;
+  int32_t first;  // of global tokens: the first one, counted within the part
+  QueryAxis axes[max_axes];
+};
+
+// The tile at `place` along axis `a`.
+GNA_HD constexpr QueryAxis query_axis(const Problem& problem, int32_t a, int32_t place) {
+  const GridAxis& axis = problem.axes[a];
+  const int32_t group = place % axis.dilation;
+  const int32_t begin = place / axis.dilation << axis.log2_query;
+  const int32_t length = group_length(axis.length, axis.dilation, group);
+  const Axis keys{length, axis.window, axis.stride, axis.causal != 0};
+  const Range queries{begin, smaller(begin + (1 << axis.log2_query), length)};
+  const bool empty = begin >= length;
+  return {keys, group, axis.dilation, queries, empty ? Range{0, 0} : union_of(keys, queries)};
+}
+
+// What a query tile of global tokens sees along axis `a`: all of it.
+GNA_HD constexpr QueryAxis whole_axis(const Problem& problem, int32_t a) {
+  const int32_t length = problem.axes[a].length;
+  return {{length, length, 1, false}, 0, 1, {0, length}, {0, length}};
+}
+
+// The place along axis `a` of tile `index` of the grid's tiles, in raster order.
+GNA_HD constexpr int32_t place_along(const Problem& problem, int32_t a, int32_t index) {
+  for (int32_t inner = max_axes - 1; inner > a; --inner) index /= problem.axes[inner].query_tiles;
+  return index % problem.axes[a].query_tiles;
+}
+
+// `index` counts the query tiles of one head: those of global tokens, then the grid's.
 GNA_HD QueryTile query_tile(const Problem& problem, int32_t index) {
   QueryTile tile{};
   const int32_t in_prefix = tiles_of(problem.prefix, problem.log2_query_tile);
@@ -75,30 +103,18 @@ GNA_HD QueryTile query_tile(const Problem& problem, int32_t index) {
   if (index < in_globals) {
     tile.part = index < in_prefix ? prefix_part : suffix_part;
     tile.first = (index < in_prefix ? index : index - in_prefix) << problem.log2_query_tile;
-    for (int32_t a = 0; a < max_axes; ++a) {
-      const int32_t length = problem.axes[a].length;
-      tile.axes[a] = {length, length, 1, false};
-      tile.step[a] = 1;
-      tile.queries[a] = tile.keys[a] = {0, length};
-    }
-    return tile;
   }
-  int32_t rest = index - in_globals;
-  for (int32_t a = max_axes - 1; a >= 0; --a) {
-    const GridAxis& axis = problem.axes[a];
-    const int32_t place = rest % axis.query_tiles;
-    rest /= axis.query_tiles;
-    const int32_t group = place % axis.dilation;
-    const int32_t begin = place / axis.dilation << axis.log2_query;
-    const int32_t length = group_length(axis.length, axis.dilation, group);
-    tile.axes[a] = {length, axis.window, axis.stride, axis.causal != 0};
-    tile.group[a] = group;
-    tile.step[a] = axis.dilation;
-    tile.queries[a] = {begin, smaller(begin + (1 << axis.log2_query), length)};
-    tile.empty |= begin >= length;
-    tile.keys[a] = tile.empty ? Range{0, 0} : union_of(tile.axes[a], tile.queries[a]);
-  }
+  for (int32_t a = 0; a < max_axes; ++a)
+    tile.axes[a] = index < in_globals
+                       ? whole_axis(problem, a)
+                       : query_axis(problem, a, place_along(problem, a, index - in_globals));
   return tile;
+}
+
+GNA_HD constexpr bool is_empty(const QueryTile& tile) {
+  bool empty = false;
+  for (const QueryAxis& axis : tile.axes) empty |= axis.queries.begin >= axis.queries.end;
+  return empty;
 }
 
 // A key tile: the position of its first key on each axis or, of global tokens, in at[2].
@@ -107,21 +123,22 @@ struct KeyTile {
   int32_t at[max_axes];
 };
 
-// The key tiles of a query tile, one after the other; there is at least one.
+// The key tiles of a query tile that is not empty, one after the other; there is at least one.
 struct KeyWalk {
   KeyTile tile;
   bool done;
 
   GNA_HD KeyWalk(const QueryTile& query)
-      : tile{grid_part, {query.keys[0].begin, query.keys[1].begin, query.keys[2].begin}},
-        done(query.empty) {}
+      : tile{grid_part,
+             {query.axes[0].keys.begin, query.axes[1].keys.begin, query.axes[2].keys.begin}},
+        done(false) {}
 
   GNA_HD void next(const Problem& problem, const QueryTile& query) {
     if (tile.part == grid_part) {
       for (int32_t a = max_axes - 1; a >= 0; --a) {
         tile.at[a] += 1 << problem.axes[a].log2_key;
-        if (tile.at[a] < query.keys[a].end) return;
-        tile.at[a] = query.keys[a].begin;
+        if (tile.at[a] < query.axes[a].keys.end) return;
+        tile.at[a] = query.axes[a].keys.begin;
       }
     } else {
       tile.at[2] += 1 << problem.log2_key_tile;
@@ -136,61 +153,38 @@ struct KeyWalk {
   }
 };
 
-// A run of rows of a query tile that decides for itself which key tiles it skips and masks.
-struct Rows {
-  Range sees[max_axes];   // the keys that any of the rows sees
-  Range share[max_axes];  // the keys that all of them see
-  bool empty;
+// Some rows of a query tile, on one axis: the keys that any of them and that all of them see. Both are
+// empty where there are no rows.
+struct RowsAxis {
+  Range sees, share;
 };
 
 // Rows [first, first + 2^log2_rows) of a query tile, first being a multiple of 2^log2_rows.
-GNA_HD Rows rows_of(const Problem& problem, const QueryTile& tile, int32_t first,
-                           int32_t log2_rows) {
-  Rows rows{};
-  rows.empty = tile.empty;
+GNA_HD constexpr RowsAxis rows_axis(const Problem& problem, const QueryTile& tile, int32_t a,
+                                    int32_t first, int32_t log2_rows) {
+  const QueryAxis& axis = tile.axes[a];
   if (tile.part != grid_part) {
-    rows.empty = tile.first + first >= part_tokens(problem, tile.part);
-    for (int32_t a = 0; a < max_axes; ++a) rows.sees[a] = rows.share[a] = tile.keys[a];
-    return rows;
+    const bool any = tile.first + first < part_tokens(problem, tile.part);
+    const Range keys{0, any ? axis.keys.end : 0};
+    return {keys, keys};
   }
   int32_t inside = 0;  // log2 of the tokens of the axes inside this one
-  for (int32_t a = max_axes - 1; a >= 0; --a) {
-    const int32_t log2_extent = problem.axes[a].log2_query;
-    const int32_t log2_part = smaller(larger(log2_rows - inside, 0), log2_extent);
-    const int32_t place = (first >> inside) & ((1 << log2_extent) - 1);
-    const int32_t begin = tile.queries[a].begin + place;
-    const Range queries{begin, smaller(begin + (1 << log2_part), tile.queries[a].end)};
-    inside += log2_extent;
-    rows.empty |= queries.begin >= queries.end;
-    if (rows.empty) continue;
-    rows.sees[a] = union_of(tile.axes[a], queries);
-    rows.share[a] = intersection_of(tile.axes[a], queries);
-  }
-  return rows;
+  for (int32_t inner = max_axes - 1; inner > a; --inner) inside += problem.axes[inner].log2_query;
+  const int32_t log2_extent = problem.axes[a].log2_query;
+  const int32_t log2_part = smaller(larger(log2_rows - inside, 0), log2_extent);
+  const int32_t begin = axis.queries.begin + ((first >> inside) & ((1 << log2_extent) - 1));
+  const Range queries{begin, smaller(begin + (1 << log2_part), axis.queries.end)};
+  if (queries.begin >= queries.end) return {{0, 0}, {0, 0}};
+  return {union_of(axis.axis, queries), intersection_of(axis.axis, queries)};
 }
 
-// Whether any of the rows sees any key of the tile.
-GNA_HD bool visits(const Problem& problem, const Rows& rows, const KeyTile& tile) {
-  bool meets = !rows.empty;
-  for (int32_t a = 0; a < max_axes; ++a) {
-    const int32_t end = tile.at[a] + (1 << problem.axes[a].log2_key);
-    meets &= tile.part != grid_part || (tile.at[a] < rows.sees[a].end && end > rows.sees[a].begin);
-  }
-  return meets;
+// Whether rows see any key from `at` on along an axis, and whether they all see all of them.
+GNA_HD constexpr bool meets(const RowsAxis& rows, int32_t at, int32_t log2_extent) {
+  return at < rows.sees.end && at + (1 << log2_extent) > rows.sees.begin;
 }
 
-// Whether all of the rows see all keys of the tile, and the tile is full.
-GNA_HD bool is_interior(const Problem& problem, const Rows& rows, const KeyTile& tile,
-                               bool hides_globals) {
-  if (tile.part != grid_part)
-    return !hides_globals &&
-           tile.at[2] + (1 << problem.log2_key_tile) <= part_tokens(problem, tile.part);
-  bool inside = true;
-  for (int32_t a = 0; a < max_axes; ++a) {
-    const int32_t end = tile.at[a] + (1 << problem.axes[a].log2_key);
-    inside &= tile.at[a] >= rows.share[a].begin && end <= rows.share[a].end;
-  }
-  return inside;
+GNA_HD constexpr bool is_interior(const RowsAxis& rows, int32_t at, int32_t log2_extent) {
+  return at >= rows.share.begin && at + (1 << log2_extent) <= rows.share.end;
 }
 
 // The coordinate of row `row` of a box on axis `a`.
