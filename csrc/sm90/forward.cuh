@@ -6,8 +6,8 @@
 // matrix work of the tile before it, and the two warpgroups take turns at the matrix unit, as in
 // FlashAttention-3 (arXiv 2407.08608).
 //
-// Who does what: the planner warp works out the next query tile (geometry, and what each row sees);
-// the loader warp walks its key tiles, judges them for both halves of the rows and has them loaded;
+// Who does what: one warp works out the next query tile (geometry, and what each row sees); one walks
+// its key tiles, judges them for both halves of the rows and has them loaded; one has the values loaded;
 // the computing warps find all decisions in shared memory.
 #pragma once
 
@@ -78,7 +78,7 @@ struct Forward {
     barrier_init(queries.empty, computing_warps);
     for (int slot = 0; slot < slots; ++slot) {
       barrier_init(works.full + slot, 1);
-      barrier_init(works.empty + slot, computing_warps + 1);
+      barrier_init(works.empty + slot, computing_warps + 2);
     }
     barrier_init_fence();
   }
@@ -226,16 +226,15 @@ struct Forward {
            (missed >> half_bits & axes_masked ? skipped << half_bits : 0);
   }
 
-  // One warp; its first lane talks to the copy engine.
-  __device__ __forceinline__ void load() const {
+  // One warp each; its first lane talks to the copy engine.
+  __device__ __forceinline__ void load_queries_and_keys() const {
     const int lane = threadIdx.x % 32;
     const bool leads = lane == 0;
     const int axis = smaller(lane % 4, max_axes - 1);
     const int log2_extent = problem.axes[axis].log2_key;
     Place<stages> key;
     Place<1> query;
-    Place<slots> slot;
-    while (true) {
+    for (Place<slots> slot;; slot.advance()) {
       wait(works.full + slot.stage(), slot.parity());
       const WorkRecord& work = work_records[slot.stage()];
       if (work.done) break;
@@ -243,8 +242,7 @@ struct Forward {
       if (leads) load_query(work);
       query.advance();
       const RowsAxis rows = work.halves[lane / 4 % 2][axis];
-      KeyWalk walk(work.tile);
-      while (!walk.done) {
+      for (KeyWalk walk(work.tile); !walk.done; key.advance()) {
         const KeyTile tile = walk.tile;
         uint32_t flags = judge(work, rows, log2_extent, tile);
         walk.next(problem, work.tile);
@@ -255,15 +253,27 @@ struct Forward {
           load_keys(parameters.key, work, tile, keys.full + key.stage(),
                     shared + Shape::key + key.stage() * tile_bytes);
         }
-        wait(values.empty + key.stage(), key.parity() ^ 1);
-        if (leads)
-          load_keys(parameters.value, work, tile, values.full + key.stage(),
-                    shared + Shape::value + key.stage() * tile_bytes);
-        key.advance();
       }
       __syncwarp();
       release(works.empty + slot.stage());
-      slot.advance();
+    }
+  }
+
+  __device__ __forceinline__ void load_values() const {
+    const bool leads = threadIdx.x % 32 == 0;
+    Place<stages> value;
+    for (Place<slots> slot;; slot.advance()) {
+      wait(works.full + slot.stage(), slot.parity());
+      const WorkRecord& work = work_records[slot.stage()];
+      if (work.done) break;
+      for (KeyWalk walk(work.tile); !walk.done; walk.next(problem, work.tile), value.advance()) {
+        wait(values.empty + value.stage(), value.parity() ^ 1);
+        if (leads)
+          load_keys(parameters.value, work, walk.tile, values.full + value.stage(),
+                    shared + Shape::value + value.stage() * tile_bytes);
+      }
+      __syncwarp();
+      release(works.empty + slot.stage());
     }
   }
 
@@ -276,19 +286,19 @@ struct Forward {
   __device__ __forceinline__ KeyRecord await_keys(const Place<stages>& key) const {
     wait(keys.full + key.stage(), key.parity());
     const int4 raw = *reinterpret_cast<const int4*>(key_records + key.stage());
-    return {{raw.x, raw.y, raw.z}, static_cast<uint32_t>(raw.w)};
+    return {{raw.x, raw.y, raw.z}, static_cast<uint32_t>(uniform(raw.w))};
   }
 
   __device__ __forceinline__ void start_scores(float (&scores)[64], int half, int stage) const {
-    const uint64_t a =
+    const uint32_t a =
         matrix_descriptor(shared_address(shared + Shape::query) + half * half_rows * row_bytes, 16);
-    const uint64_t b =
+    const uint32_t b =
         matrix_descriptor(shared_address(shared + Shape::key) + stage * tile_bytes, 16);
     pin(scores);
     matrix_fence();
 #pragma unroll
     for (int k = 0; k < head_dim / 16; ++k) {
-      const uint64_t offset = (k / 4 * box_bytes + k % 4 * 32) >> 4;
+      const uint32_t offset = (k / 4 * box_bytes + k % 4 * 32) >> 4;
       multiply<Element>(scores, a + offset, b + offset, k > 0);
     }
     matrix_commit();
@@ -297,7 +307,7 @@ struct Forward {
 
   __device__ __forceinline__ void start_output(float (&output)[head_dim / 2], uint32_t (&weights)[32],
                                                int stage) const {
-    const uint64_t b =
+    const uint32_t b =
         matrix_descriptor(shared_address(shared + Shape::value) + stage * tile_bytes, box_bytes);
     pin(output);
     pin(weights);
@@ -334,7 +344,7 @@ struct Forward {
     while (true) {
       wait(works.full + slot.stage(), slot.parity());
       const WorkRecord& work = work_records[slot.stage()];
-      if (work.done) break;
+      if (uniform(static_cast<int>(work.done))) break;
       const int batch = work.batch;
       ThreadRows rows;
       start_rows(parameters, work, row, rows);
@@ -416,7 +426,7 @@ struct Forward {
         if (ended) break;
       }
       query.advance();
-      if (work.has_rows[half]) finish(output, rows, work, half, row);
+      if (uniform(static_cast<int>(work.has_rows[half]))) finish(output, rows, work, half, row);
       release(works.empty + slot.stage());
       slot.advance();
     }
@@ -508,13 +518,20 @@ __global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Pa
   __syncthreads();
   if (threadIdx.x < 128) {
     give_registers<40>();
-    if (threadIdx.x < 32)
-      kernel.load();
-    else if (threadIdx.x < 64)
-      kernel.plan();
+    switch (uniform(threadIdx.x / 32)) {
+      case 0:
+        kernel.plan();
+        break;
+      case 1:
+        kernel.load_queries_and_keys();
+        break;
+      case 2:
+        kernel.load_values();
+        break;
+    }
   } else {
     take_registers<232>();
-    kernel.compute(threadIdx.x / 128 - 1);
+    kernel.compute(uniform(static_cast<int>(threadIdx.x) / 128 - 1));
   }
 }
 

@@ -20,6 +20,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value for the whole warp: lane 0's. Tells the compiler so, too, which then keeps what
+// follows from it in uniform registers.
+template <typename T>
+__device__ __forceinline__ T uniform(T x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
+
 // Barriers in shared memory -----------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -159,15 +166,18 @@ __device__ __forceinline__ void pin(T (&registers)[n]) {
   }
 }
 
-// Describes a tile in shared memory: rows of 128 bytes, swizzled by 128 bytes, on a multiple of
-// 1024 bytes. Eight such rows lie 1024 bytes apart; where the rows run along the dimension that is
+// A tile in shared memory for the matrix unit: rows of 128 bytes, swizzled by 128 bytes, on a multiple
+// of 1024 bytes. Eight such rows lie 1024 bytes apart; where the rows run along the dimension that is
 // summed over, `column_bytes` is the distance from 64 columns to the next 64.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t column_bytes) {
-  constexpr uint64_t swizzle_128b = 1ull << 62;
-  constexpr uint64_t eight_rows = static_cast<uint64_t>(1024 >> 4) << 32;
-  return swizzle_128b | eight_rows | static_cast<uint64_t>(column_bytes >> 4) << 16 |
-         ((address & 0x3ffff) >> 4);
+//
+// This is the lower half of the descriptor, to which 16-byte steps may be added; the upper half is
+// the same for all.
+__device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address, uint32_t column_bytes) {
+  return (column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
+
+// Swizzle of 128 bytes (1 << 62) and eight rows (1024 >> 4 << 32).
+#define GNA_DESCRIPTOR_HIGH "0x40000040"
 
 #define GNA_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define GNA_F16(d, i) GNA_F4(d, i), GNA_F4(d, i + 4), GNA_F4(d, i + 8), GNA_F4(d, i + 12)
@@ -182,27 +192,31 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 #define GNA_WGMMA_SS(type)                                                                   \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                              \
+  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %66, 0;\n"            \
+               "mov.b64 a, {%64, " GNA_DESCRIPTOR_HIGH "};\n"                                \
+               "mov.b64 b, {%65, " GNA_DESCRIPTOR_HIGH "};\n"                                \
                "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " GNA_NAMES_64 \
-               "}, %64, %65, add, 1, 1, 0, 0;\n}"                                            \
+               "}, a, b, add, 1, 1, 0, 0;\n}"                                                \
                : GNA_F64(d)                                                                  \
-               : "l"(a), "l"(b), "r"(add))
+               : "r"(a), "r"(b), "r"(add))
 
 #define GNA_WGMMA_RS_128(type)                                                               \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " GNA_NAMES_64 \
-               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                   \
+  asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " GNA_DESCRIPTOR_HIGH "};\n"              \
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " GNA_NAMES_64 \
+               "}, {%64, %65, %66, %67}, b, 1, 1, 1, 1;\n}"                                  \
                : GNA_F64(d)                                                                  \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b))
 
 #define GNA_WGMMA_RS_64(type)                                                               \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " GNA_NAMES_32 \
-               "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                  \
+  asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%36, " GNA_DESCRIPTOR_HIGH "};\n"             \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " GNA_NAMES_32 \
+               "}, {%32, %33, %34, %35}, b, 1, 1, 1, 1;\n}"                                 \
                : GNA_F32(d)                                                                 \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b))
 
 // d = a b^T, or d += a b^T with `add`: a is 64x16, b is 128x16, both described, columns contiguous.
 template <typename Element>
-__device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int add) {
+__device__ __forceinline__ void multiply(float (&d)[64], uint32_t a, uint32_t b, int add) {
   if constexpr (std::is_same_v<Element, __half>)
     GNA_WGMMA_SS("f16");
   else
@@ -211,7 +225,7 @@ __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b,
 
 // d += a b: a is 64x16 in registers, b is 16 x (64 or 128), described, columns contiguous.
 template <typename Element>
-__device__ __forceinline__ void multiply_add(float (&d)[64], const uint32_t* a, uint64_t b) {
+__device__ __forceinline__ void multiply_add(float (&d)[64], const uint32_t* a, uint32_t b) {
   if constexpr (std::is_same_v<Element, __half>)
     GNA_WGMMA_RS_128("f16");
   else
@@ -219,13 +233,14 @@ __device__ __forceinline__ void multiply_add(float (&d)[64], const uint32_t* a, 
 }
 
 template <typename Element>
-__device__ __forceinline__ void multiply_add(float (&d)[32], const uint32_t* a, uint64_t b) {
+__device__ __forceinline__ void multiply_add(float (&d)[32], const uint32_t* a, uint32_t b) {
   if constexpr (std::is_same_v<Element, __half>)
     GNA_WGMMA_RS_64("f16");
   else
     GNA_WGMMA_RS_64("bf16");
 }
 
+#undef GNA_DESCRIPTOR_HIGH
 #undef GNA_WGMMA_SS
 #undef GNA_WGMMA_RS_128
 #undef GNA_WGMMA_RS_64
