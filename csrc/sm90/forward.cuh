@@ -32,6 +32,7 @@ struct Place {
   __device__ __forceinline__ int stage() const { return static_cast<int>(count % stages); }
   __device__ __forceinline__ uint32_t parity() const { return count / stages & 1; }
   __device__ __forceinline__ void advance() { ++count; }
+  __device__ __forceinline__ Place next() const { return {count + 1}; }
 };
 
 template <typename Element, int head_dim>
@@ -354,7 +355,7 @@ struct Forward {
       for (float& x : output) x = 0.0f;
 
       wait(queries.full, query.parity());
-      KeyRecord tile = await_keys(key);
+      KeyRecord tile = await_keys(key), next;
       bool ended = false;
       while (true) {
         while (tile.flags >> shift & skipped) {
@@ -376,44 +377,47 @@ struct Forward {
         await_turn(half);
         start_scores(scores, half, key.stage());
         pass_turn(half);
+        ended = tile.flags & last_tile;
+        if (!ended) next = await_keys(key.next());
         matrix_wait<0>();
         pin(scores);
         release(keys.empty + key.stage());
-        ended = tile.flags & last_tile;
         if (ended) release(queries.empty);
         mask(scores, rows, batch, tile, tile.flags >> shift);
-        soften(scores, rows, scale, rescale);
-        if (needs_rescale(rows, rescale)) scale_rows(output, rescale);
-        pack_weights<Element>(scores, weights);
+        if (shift_scores(scores, rows, scale)) {
+          raise_offsets(scores, rows, rescale);
+          scale_rows(output, rescale);
+        }
+        weigh<Element>(scores, rows, weights);
         Place<stages> value = key;
         key.advance();
 
         // The scores of a tile, and the output of the tile before it.
         while (!ended) {
-          tile = await_keys(key);
+          tile = next;
           if (tile.flags >> shift & skipped) break;
           await_turn(half);
           start_scores(scores, half, key.stage());
           wait(values.full + value.stage(), value.parity());
           start_output(output, weights, value.stage());
           pass_turn(half);
+          ended = tile.flags & last_tile;
+          if (!ended) next = await_keys(key.next());
           matrix_wait<1>();
           pin(scores);
           release(keys.empty + key.stage());
-          ended = tile.flags & last_tile;
           if (ended) release(queries.empty);
           mask(scores, rows, batch, tile, tile.flags >> shift);
-          soften(scores, rows, scale, rescale);
-          if (needs_rescale(rows, rescale)) {
-            matrix_wait<0>();
-            pin(output);
-            scale_rows(output, rescale);
-          }
+          const bool raises = shift_scores(scores, rows, scale);
           matrix_wait<0>();
           pin(output);
           pin(weights);
           release(values.empty + value.stage());
-          pack_weights<Element>(scores, weights);
+          if (raises) {
+            raise_offsets(scores, rows, rescale);
+            scale_rows(output, rescale);
+          }
+          weigh<Element>(scores, rows, weights);
           value = key;
           key.advance();
         }
@@ -438,13 +442,10 @@ struct Forward {
                                          const WorkRecord& work, int half, int row) const {
     const int thread = threadIdx.x % 128;
     const int lane = thread % 32;
-    float sums[2][2] = {{rows.sum[0], 0.0f}, {rows.sum[1], 0.0f}}, inverse[2];
+    float sums[2] = {rows.sum[0], rows.sum[1]};
     row_reduce(sums, [](float a, float b) { return a + b; });
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      inverse[r] = sums[r][0] == 0.0f ? 0.0f : 1.0f / sums[r][0];
-      if (lane % 4 == 0) store_logsumexp(rows.top[r], sums[r][0], work, row + 8 * r);
-    }
+    const float inverse[2] = {sums[0] == 0.0f ? 0.0f : __fdividef(1.0f, sums[0]),
+                              sums[1] == 0.0f ? 0.0f : __fdividef(1.0f, sums[1])};
     scale_rows(output, inverse);
 
     uint8_t* const own = shared + Shape::output + half * boxes * half_rows * row_bytes;
@@ -477,9 +478,14 @@ struct Forward {
                   plane_of(parameters.output, work.batch, work.head));
       commit_stores();
     }
+    // After the fence, which waits for stores to global memory too.
+    const bool second = lane % 4 == 1;
+    if (lane % 4 < 2)
+      store_logsumexp(second ? rows.offset[1] : rows.offset[0], second ? sums[1] : sums[0], work,
+                      row + (second ? 8 : 0));
   }
 
-  __device__ __forceinline__ void store_logsumexp(float top, float sum, const WorkRecord& work,
+  __device__ __forceinline__ void store_logsumexp(float offset, float sum, const WorkRecord& work,
                                                   int row) const {
     const QueryTile& tile = work.tile;
     const int grid_tokens =
@@ -505,7 +511,7 @@ struct Forward {
     const int64_t tokens = static_cast<int64_t>(problem.prefix) + grid_tokens + problem.suffix;
     const int64_t head = static_cast<int64_t>(work.batch) * parameters.heads + work.head;
     parameters.logsumexp[head * tokens + token] =
-        sum == 0.0f ? -infinity : (top * parameters.scale_log2 + log2f(sum)) * log_2;
+        sum == 0.0f ? -infinity : (offset + __log2f(sum)) * log_2;
   }
 };
 

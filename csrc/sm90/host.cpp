@@ -211,12 +211,12 @@ Problem problem_of(const gna_sm90_problem& plain) {
     GridAxis& axis = problem.axes[a];
     const int32_t from = a - (max_axes - plain.axis_count);
     if (from < 0) {
-      axis = {1, 1, 1, 1, 0, 0, 0, 1};
+      axis = {1, 1, 1, 1, 0, 0, 0, 1, 1};
       continue;
     }
     const gna_sm90_axis& given = plain.axes[from];
     axis = {given.length, given.window,         given.stride,       given.dilation,
-            given.causal, given.log2_query_box, given.log2_key_box, 0};
+            given.causal, given.log2_query_box, given.log2_key_box, 0,            1};
     axis.query_tiles = query_tiles_of(axis);
   }
   problem.prefix = plain.prefix;
@@ -275,7 +275,7 @@ int32_t run(const gna_sm90_problem& plain, const gna_sm90_tensor& query, const g
             const gna_sm90_tensor& value, const gna_sm90_tensor& output, float* logsumexp,
             cudaStream_t stream) {
   if (const char* rule = broken_rule(plain)) return fail(GNA_SM90_BAD_ARGUMENT, rule);
-  const Problem problem = problem_of(plain);
+  Problem problem = problem_of(plain);
   int64_t tokens = 1;
   for (const GridAxis& axis : problem.axes) tokens *= axis.length;
   tokens += static_cast<int64_t>(plain.prefix) + plain.suffix;
@@ -295,6 +295,7 @@ int32_t run(const gna_sm90_problem& plain, const gna_sm90_tensor& query, const g
 
   int count = 0;
   if (const int32_t code = set_up(count)) return code;
+  set_order_of_work(problem, count);
   BoxShape query_box{}, key_box{};
   for (int a = 0; a < max_axes; ++a) {
     query_box[a] = problem.axes[a].log2_query;

@@ -14,11 +14,16 @@ namespace gna::sm90 {
 constexpr float infinity = __builtin_huge_valf();
 constexpr unsigned full_warp = 0xffffffffu;
 
+// Limits of a shifted score; floats above zero compare as their bits do.
+constexpr int no_offset_yet = INT32_MIN;
+constexpr float most_shifted = 8.0f;
+
 // The two rows of a thread.
 struct ThreadRows {
   Range sees[2][max_axes];  // keys, relative to the first one of this lane's word
-  float top[2];             // the largest score when the sums were last rescaled
-  float sum[2];             // of this thread's columns
+  float offset[2];          // weights are 2^(scaled score - offset)
+  int limit[2];             // the offset must be raised if a shifted score is larger, as float bits
+  float sum[2];             // of the weights of this thread's columns
 };
 
 // `row`: the first of the two; the other lies 8 further.
@@ -38,8 +43,8 @@ __device__ __forceinline__ void start_rows(const Parameters& parameters, const W
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    rows.top[r] = -infinity;
-    rows.sum[r] = 0.0f;
+    rows.offset[r] = rows.sum[r] = 0.0f;
+    rows.limit[r] = no_offset_yet;
   }
 }
 
@@ -101,52 +106,82 @@ __device__ __forceinline__ void hide(float (&scores)[64], const uint32_t (&words
     }
 }
 
-// Both rows' [r][0] over their pairs and then over the four lanes of a row.
+// Both rows' values over the four lanes of a row.
 template <typename Combine>
-__device__ __forceinline__ void row_reduce(float (&x)[2][2], Combine combine) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) x[r][0] = combine(x[r][0], x[r][1]);
+__device__ __forceinline__ void row_reduce(float (&x)[2], Combine combine) {
 #pragma unroll
   for (int distance = 1; distance < 4; distance *= 2)
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      x[r][0] = combine(x[r][0], __shfl_xor_sync(full_warp, x[r][0], distance));
+    for (int r = 0; r < 2; ++r) x[r] = combine(x[r], __shfl_xor_sync(full_warp, x[r], distance));
 }
 
-// Turns scores into weights relative to `top`; `rescale` is what earlier weights are now to be
-// multiplied by.
+// Online softmax (Milakov and Gimelshein, arXiv 1805.02867), in three steps.
 //
-// Online softmax (Milakov and Gimelshein, arXiv 1805.02867). The old top is kept until the new one
-// is 2^8 times larger (as FlashAttention-4 does): weights then stay below 2^8, and the result is
-// the same, since the sum is relative to the same top.
-__device__ __forceinline__ void soften(float (&scores)[64], ThreadRows& rows, float scale_log2,
-                                       float (&rescale)[2]) {
-  constexpr float most = 8.0f;
-  // Two chains a row, and both rows side by side, for what can run at the same time.
-  float largest[2][2], sums[2][2] = {}, offset[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) largest[i / 2][i % 2] = scores[i];
-#pragma unroll
-  for (int i = 4; i < 64; ++i)
-    largest[i / 2 % 2][i % 2] = fmaxf(largest[i / 2 % 2][i % 2], scores[i]);
-  row_reduce(largest, [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float top = fmaxf(rows.top[r], largest[r][0]);
-    const bool grows = (top - rows.top[r]) * scale_log2 > most;
-    rescale[r] = grows ? exp2_approximate((rows.top[r] - top) * scale_log2) : 1.0f;
-    rows.top[r] = grows ? top : rows.top[r];
-    offset[r] = rows.top[r] == -infinity ? 0.0f : rows.top[r] * scale_log2;
-  }
+// The offset of a row is raised only when a score is 2^8 times larger, so weights stay below 2^8; the
+// result is the same, since the sum is relative to the same offset. That is rare, and all that a tile
+// needs otherwise is to know that it is not the case: no reduction over the lanes of a row, no chain
+// from the largest score to the first weight.
+
+// Scales and shifts the scores; whether the offset of any row of the warp must be raised.
+__device__ __forceinline__ bool shift_scores(float (&scores)[64], const ThreadRows& rows,
+                                             float scale_log2) {
+  int largest[2][2] = {{INT32_MIN, INT32_MIN}, {INT32_MIN, INT32_MIN}};
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     const int r = i / 2 % 2;
-    scores[i] = exp2_approximate(fmaf(scores[i], scale_log2, -offset[r]));
-    sums[r][i % 2] += scores[i];
+    scores[i] = fmaf(scores[i], scale_log2, -rows.offset[r]);
+    largest[r][i % 2] = max(largest[r][i % 2], __float_as_int(scores[i]));
+  }
+  return __any_sync(full_warp, max(largest[0][0], largest[0][1]) >= rows.limit[0] ||
+                                   max(largest[1][0], largest[1][1]) >= rows.limit[1]);
+}
+
+// Raises the offsets of the warp's rows to their largest score where it is beyond the limit, and
+// shifts the scores accordingly; `rescale` is what earlier weights are now to be multiplied by.
+__device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& rows,
+                                              float (&rescale)[2]) {
+  float largest[2] = {-infinity, -infinity};
+#pragma unroll
+  for (int i = 0; i < 64; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
+  row_reduce(largest, [](float a, float b) { return fmaxf(a, b); });
+  float by[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    // Nothing visible yet leaves minus infinity: such a row waits for its first score.
+    const bool first = rows.limit[r] == no_offset_yet;
+    const bool raises = first ? largest[r] != -infinity : largest[r] >= most_shifted;
+    by[r] = raises ? largest[r] : 0.0f;
+    rescale[r] = first ? 1.0f : exp2_approximate(-by[r]);
+    rows.offset[r] += by[r];
+    rows.limit[r] = raises || !first ? __float_as_int(most_shifted) : no_offset_yet;
+    rows.sum[r] *= rescale[r];
   }
 #pragma unroll
-  for (int r = 0; r < 2; ++r)
-    rows.sum[r] = fmaf(rows.sum[r], rescale[r], sums[r][0] + sums[r][1]);
+  for (int i = 0; i < 64; ++i) scores[i] -= by[i / 2 % 2];
+}
+
+// Turns shifted scores into weights, as 16-bit operands of the matrix unit: in the scores' layout.
+template <typename Element>
+__device__ __forceinline__ void weigh(float (&scores)[64], ThreadRows& rows,
+                                      uint32_t (&weights)[32]) {
+  constexpr int part = 8;
+  float sums[2][2] = {};
+  // What follows from the exponentials of one part stands behind those of the next.
+#pragma unroll
+  for (int start = 0; start <= 64; start += part) {
+    if (start < 64)
+#pragma unroll
+      for (int i = start; i < start + part; ++i) scores[i] = exp2_approximate(scores[i]);
+    if (start > 0)
+#pragma unroll
+      for (int i = start - part; i < start; i += 2) {
+        sums[i / 2 % 2][0] += scores[i];
+        sums[i / 2 % 2][1] += scores[i + 1];
+        weights[i / 2] = pack<Element>(scores[i], scores[i + 1]);
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) rows.sum[r] += sums[r][0] + sums[r][1];
 }
 
 // Multiplies the rows of an accumulator.
@@ -154,23 +189,6 @@ template <int n>
 __device__ __forceinline__ void scale_rows(float (&accumulator)[n], const float (&by)[2]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) accumulator[i] *= by[(i / 2) % 2];
-}
-
-// Whether earlier weights of any row of this warp are to be multiplied.
-//
-// Sums are never negative. But as the branch on this needs them, the assembler must put the whole
-// softmax before it, and so beside the matrix work that is waited for behind it; left to itself it
-// moves the exponentials behind the wait.
-__device__ __forceinline__ bool needs_rescale(const ThreadRows& rows, const float (&rescale)[2]) {
-  return __any_sync(full_warp, rescale[0] != 1.0f || rescale[1] != 1.0f ||
-                                   rows.sum[0] < 0.0f || rows.sum[1] < 0.0f);
-}
-
-// Weights as the matrix unit takes them from registers: the layout of the scores, 16-bit.
-template <typename Element>
-__device__ __forceinline__ void pack_weights(const float (&scores)[64], uint32_t (&weights)[32]) {
-#pragma unroll
-  for (int i = 0; i < 32; ++i) weights[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
 }
 
 }  // namespace gna::sm90

@@ -24,6 +24,7 @@ struct GridAxis {
   int32_t causal;
   int32_t log2_query, log2_key;
   int32_t query_tiles;  // of all dilation groups; a tile of a short group may be empty
+  int32_t tile_stride;  // query tiles from one to the next along the axis, in the order of work
 };
 
 // A grid of fewer than three axes has axes of length 1 in front.
@@ -89,10 +90,41 @@ GNA_HD constexpr QueryAxis whole_axis(const Problem& problem, int32_t a) {
   return {{length, length, 1, false}, 0, 1, {0, length}, {0, length}};
 }
 
-// The place along axis `a` of tile `index` of the grid's tiles, in raster order.
+// The place along axis `a` of tile `index` of the grid's tiles, in the order of work.
 GNA_HD constexpr int32_t place_along(const Problem& problem, int32_t a, int32_t index) {
-  for (int32_t inner = max_axes - 1; inner > a; --inner) index /= problem.axes[inner].query_tiles;
-  return index % problem.axes[a].query_tiles;
+  return index / problem.axes[a].tile_stride % problem.axes[a].query_tiles;
+}
+
+// Keys on an axis that `tiles` neighbouring query tiles, away from the ends of the axis, see.
+GNA_HD constexpr int32_t keys_of_neighbours(const GridAxis& axis, int32_t tiles) {
+  const Axis group{group_length(axis.length, axis.dilation, 0), axis.window, axis.stride,
+                   axis.causal != 0};
+  const int32_t per_group = (tiles + axis.dilation - 1) / axis.dilation << axis.log2_query;
+  const int32_t middle = larger(group.length - per_group, 0) / 2 / axis.stride * axis.stride;
+  const Range keys = union_of(group, {middle, smaller(middle + per_group, group.length)});
+  return (keys.end - keys.begin) * smaller(axis.dilation, tiles);
+}
+
+// Sets the order of work of the grid's query tiles: that in which `at_once` consecutive ones see the
+// fewest different keys, so that those stay in the cache.
+inline void set_order_of_work(Problem& problem, int32_t at_once) {
+  constexpr int32_t orders[6][max_axes] = {{2, 1, 0}, {2, 0, 1}, {1, 2, 0},
+                                           {1, 0, 2}, {0, 2, 1}, {0, 1, 2}};  // innermost first
+  int64_t fewest = INT64_MAX;
+  for (const auto& order : orders) {
+    int64_t keys = 1;
+    int32_t left = at_once, stride = 1, strides[max_axes] = {};
+    for (const int32_t a : order) {
+      const int32_t tiles = smaller(problem.axes[a].query_tiles, left);
+      left = (left + tiles - 1) / tiles;
+      keys *= keys_of_neighbours(problem.axes[a], tiles);
+      strides[a] = stride;
+      stride *= problem.axes[a].query_tiles;
+    }
+    if (keys >= fewest) continue;
+    fewest = keys;
+    for (int32_t a = 0; a < max_axes; ++a) problem.axes[a].tile_stride = strides[a];
+  }
 }
 
 // `index` counts the query tiles of one head: those of global tokens, then the grid's.
