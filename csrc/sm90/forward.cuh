@@ -43,11 +43,6 @@ struct Forward {
   static constexpr int slots = Shape::work_slots;
   static constexpr int tile_bytes = Shape::tile_bytes;
   static constexpr int computing_warps = 8;
-#ifdef NO_TURNS
-  static constexpr bool turns = false;
-#else
-  static constexpr bool turns = true;
-#endif
 
   const Parameters& parameters;
   const Problem& problem;
@@ -281,8 +276,8 @@ struct Forward {
   // Computing -------------------------------------------------------------------------------------
 
   // The two warpgroups take turns, one turn for each key tile, at handing work to the matrix unit.
-  __device__ __forceinline__ static void await_turn(int half) { if (turns) named_sync<256>(1 + half); }
-  __device__ __forceinline__ static void pass_turn(int half) { if (turns) named_arrive<256>(2 - half); }
+  __device__ __forceinline__ static void await_turn(int half) { named_sync<256>(1 + half); }
+  __device__ __forceinline__ static void pass_turn(int half) { named_arrive<256>(2 - half); }
 
   __device__ __forceinline__ KeyRecord await_keys(const Place<stages>& key) const {
     wait(keys.full + key.stage(), key.parity());
@@ -320,17 +315,31 @@ struct Forward {
     pin(output);
   }
 
-  // `flags`: the record's, shifted so that this half's bits come first.
-  __device__ __forceinline__ void mask(float (&scores)[64], const ThreadRows& rows, int batch,
-                                       const KeyRecord& tile, uint32_t half_flags) const {
-    const uint32_t axes = half_flags & axes_masked;
-    if (axes == 0 && !(tile.flags & globals_masked)) return;
-    uint32_t words[2][4];
+  // Whether this half needs a mask for the tile, and which.
+  __device__ __forceinline__ bool find_mask(const ThreadRows& rows, int batch,
+                                            const KeyRecord& tile, int shift,
+                                            MaskWords& words) const {
+    const uint32_t axes = tile.flags >> shift & axes_masked;
     if (axes != 0)
       grid_mask(parameters, rows, tile, axes, words);
-    else
+    else if (tile.flags & globals_masked)
       global_mask(parameters, batch, tile.flags >> part_shift & 3, tile.at[2], words);
-    hide(scores, words);
+    else
+      return false;
+    return true;
+  }
+
+  // Hides and shifts the scores; whether offsets must be raised.
+  __device__ __forceinline__ static bool hide_and_shift(float (&scores)[64], const ThreadRows& rows,
+                                                        float scale, bool masked,
+                                                        const MaskWords& words) {
+    int limit[2] = {rows.limit[0], rows.limit[1]};
+    if (masked) {
+      hide(scores, words);
+      // A row that sees nothing of the tile needs no offset for it.
+      for (int r = 0; r < 2; ++r) limit[r] = words.any(r) ? limit[r] : INT32_MAX;
+    }
+    return shift_scores(scores, rows, scale, limit);
   }
 
   __device__ __forceinline__ void compute(int half) const {
@@ -351,6 +360,8 @@ struct Forward {
       start_rows(parameters, work, row, rows);
       float scores[64], output[head_dim / 2], rescale[2];
       uint32_t weights[32];
+      MaskWords words;
+      bool masked;
 #pragma unroll
       for (float& x : output) x = 0.0f;
 
@@ -379,16 +390,16 @@ struct Forward {
         pass_turn(half);
         ended = tile.flags & last_tile;
         if (!ended) next = await_keys(key.next());
+        masked = find_mask(rows, batch, tile, shift, words);
         matrix_wait<0>();
         pin(scores);
         release(keys.empty + key.stage());
         if (ended) release(queries.empty);
-        mask(scores, rows, batch, tile, tile.flags >> shift);
-        if (shift_scores(scores, rows, scale)) {
-          raise_offsets(scores, rows, rescale);
+        if (hide_and_shift(scores, rows, scale, masked, words)) {
+          raise_offsets<Element>(scores, rows, rescale);
           scale_rows(output, rescale);
         }
-        weigh<Element>(scores, rows, weights);
+        weigh<Element>(scores, rows, weights, [] {});
         Place<stages> value = key;
         key.advance();
 
@@ -403,21 +414,23 @@ struct Forward {
           pass_turn(half);
           ended = tile.flags & last_tile;
           if (!ended) next = await_keys(key.next());
+          masked = find_mask(rows, batch, tile, shift, words);
           matrix_wait<1>();
           pin(scores);
           release(keys.empty + key.stage());
           if (ended) release(queries.empty);
-          mask(scores, rows, batch, tile, tile.flags >> shift);
-          const bool raises = shift_scores(scores, rows, scale);
-          matrix_wait<0>();
-          pin(output);
-          pin(weights);
-          release(values.empty + value.stage());
-          if (raises) {
-            raise_offsets(scores, rows, rescale);
+          if (hide_and_shift(scores, rows, scale, masked, words)) {
+            raise_offsets<Element>(scores, rows, rescale);
+            matrix_wait<0>();
+            pin(output);
             scale_rows(output, rescale);
           }
-          weigh<Element>(scores, rows, weights);
+          weigh<Element>(scores, rows, weights, [&] {
+            matrix_wait<0>();
+            pin(output);
+            pin(weights);
+            release(values.empty + value.stage());
+          });
           value = key;
           key.advance();
         }

@@ -16,7 +16,20 @@ constexpr unsigned full_warp = 0xffffffffu;
 
 // Limits of a shifted score; floats above zero compare as their bits do.
 constexpr int no_offset_yet = INT32_MIN;
-constexpr float most_shifted = 8.0f;
+
+// The largest shifted score that needs no new offset: 2 to it, and sums of it, must be far below what
+// the type of the weights can hold. The higher, the seldomer offsets change.
+template <typename Element>
+constexpr float most_shifted = std::is_same_v<Element, __half> ? 10.0f : 30.0f;
+
+// The visible columns of a tile, 32 a word, for both rows of a thread.
+struct MaskWords {
+  uint32_t row[2][4];
+
+  __device__ __forceinline__ bool any(int r) const {
+    return (row[r][0] | row[r][1] | row[r][2] | row[r][3]) != 0;
+  }
+};
 
 // The two rows of a thread.
 struct ThreadRows {
@@ -51,7 +64,7 @@ __device__ __forceinline__ void start_rows(const Parameters& parameters, const W
 // Visible columns of a tile of grid keys, 32 a word, for both rows.
 __device__ __forceinline__ void grid_mask(const Parameters& parameters, const ThreadRows& rows,
                                           const KeyRecord& tile, uint32_t axes,
-                                          uint32_t (&words)[2][4]) {
+                                          MaskWords& words) {
   // The four lanes of a row work out one word each.
   uint32_t own[2] = {all_bits, all_bits};
 #pragma unroll
@@ -68,12 +81,12 @@ __device__ __forceinline__ void grid_mask(const Parameters& parameters, const Th
   for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int word = 0; word < 4; ++word)
-      words[r][word] = __shfl_sync(full_warp, own[r], word, 4);
+      words.row[r][word] = __shfl_sync(full_warp, own[r], word, 4);
 }
 
 // Visible columns of a tile of global keys, alike for all rows.
 __device__ __forceinline__ void global_mask(const Parameters& parameters, int batch,
-                                            int part, int first, uint32_t (&words)[2][4]) {
+                                            int part, int first, MaskWords& words) {
   const Problem& problem = parameters.problem;
   const int lane = threadIdx.x % 32;
   const int tokens = part_tokens(problem, part);
@@ -85,17 +98,17 @@ __device__ __forceinline__ void global_mask(const Parameters& parameters, int ba
     if (visible && parameters.key_mask != nullptr)
       visible = parameters.key_mask[batch * parameters.key_mask_batch_stride +
                                     (before + token) * parameters.key_mask_token_stride] != 0;
-    words[0][word] = words[1][word] = __ballot_sync(full_warp, visible);
+    words.row[0][word] = words.row[1][word] = __ballot_sync(full_warp, visible);
   }
 }
 
-__device__ __forceinline__ void hide(float (&scores)[64], const uint32_t (&words)[2][4]) {
+__device__ __forceinline__ void hide(float (&scores)[64], const MaskWords& words) {
   const int shift = 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-      const uint32_t bits = words[r][word] >> shift;
+      const uint32_t bits = words.row[r][word] >> shift;
 #pragma unroll
       for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -117,14 +130,15 @@ __device__ __forceinline__ void row_reduce(float (&x)[2], Combine combine) {
 
 // Online softmax (Milakov and Gimelshein, arXiv 1805.02867), in three steps.
 //
-// The offset of a row is raised only when a score is 2^8 times larger, so weights stay below 2^8; the
-// result is the same, since the sum is relative to the same offset. That is rare, and all that a tile
-// needs otherwise is to know that it is not the case: no reduction over the lanes of a row, no chain
-// from the largest score to the first weight.
+// The offset of a row is raised only when a score is far larger, and the result is the same, since the
+// sum is relative to the same offset. That is rare, and all that a tile needs otherwise is to know that
+// it is not the case: no reduction over the lanes of a row, no chain from the largest score to the
+// first weight.
 
 // Scales and shifts the scores; whether the offset of any row of the warp must be raised.
+// `limit`: of the shifted scores, by row.
 __device__ __forceinline__ bool shift_scores(float (&scores)[64], const ThreadRows& rows,
-                                             float scale_log2) {
+                                             float scale_log2, const int (&limit)[2]) {
   int largest[2][2] = {{INT32_MIN, INT32_MIN}, {INT32_MIN, INT32_MIN}};
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
@@ -132,12 +146,13 @@ __device__ __forceinline__ bool shift_scores(float (&scores)[64], const ThreadRo
     scores[i] = fmaf(scores[i], scale_log2, -rows.offset[r]);
     largest[r][i % 2] = max(largest[r][i % 2], __float_as_int(scores[i]));
   }
-  return __any_sync(full_warp, max(largest[0][0], largest[0][1]) >= rows.limit[0] ||
-                                   max(largest[1][0], largest[1][1]) >= rows.limit[1]);
+  return __any_sync(full_warp, max(largest[0][0], largest[0][1]) >= limit[0] ||
+                                   max(largest[1][0], largest[1][1]) >= limit[1]);
 }
 
 // Raises the offsets of the warp's rows to their largest score where it is beyond the limit, and
 // shifts the scores accordingly; `rescale` is what earlier weights are now to be multiplied by.
+template <typename Element>
 __device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& rows,
                                               float (&rescale)[2]) {
   float largest[2] = {-infinity, -infinity};
@@ -149,11 +164,11 @@ __device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& r
   for (int r = 0; r < 2; ++r) {
     // Nothing visible yet leaves minus infinity: such a row waits for its first score.
     const bool first = rows.limit[r] == no_offset_yet;
-    const bool raises = first ? largest[r] != -infinity : largest[r] >= most_shifted;
+    const bool raises = first ? largest[r] != -infinity : largest[r] >= most_shifted<Element>;
     by[r] = raises ? largest[r] : 0.0f;
     rescale[r] = first ? 1.0f : exp2_approximate(-by[r]);
     rows.offset[r] += by[r];
-    rows.limit[r] = raises || !first ? __float_as_int(most_shifted) : no_offset_yet;
+    rows.limit[r] = raises || !first ? __float_as_int(most_shifted<Element>) : no_offset_yet;
     rows.sum[r] *= rescale[r];
   }
 #pragma unroll
@@ -161,18 +176,31 @@ __device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& r
 }
 
 // Turns shifted scores into weights, as 16-bit operands of the matrix unit: in the scores' layout.
-template <typename Element>
+//
+// The old weights may still be in use until `await_old` returns, which is called half way.
+template <typename Element, typename AwaitOld>
 __device__ __forceinline__ void weigh(float (&scores)[64], ThreadRows& rows,
-                                      uint32_t (&weights)[32]) {
-  constexpr int part = 8;
+                                      uint32_t (&weights)[32], AwaitOld await_old) {
+  constexpr int half = 32, part = 8;
   float sums[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < half; ++i) scores[i] = exp2_approximate(scores[i]);
+#pragma unroll
+  for (int i = 0; i < half; ++i) sums[i / 2 % 2][i % 2] += scores[i];
+  // Never so. But the branch needs these sums, so the assembler must have the exponentials done by
+  // here, beside the matrix work that is waited for next; left to itself it puts them behind it.
+  if (fminf(sums[0][0] + sums[0][1], sums[1][0] + sums[1][1]) < 0.0f) __trap();
+  await_old();
   // What follows from the exponentials of one part stands behind those of the next.
 #pragma unroll
-  for (int start = 0; start <= 64; start += part) {
+  for (int start = half; start <= 64; start += part) {
     if (start < 64)
 #pragma unroll
       for (int i = start; i < start + part; ++i) scores[i] = exp2_approximate(scores[i]);
-    if (start > 0)
+#pragma unroll
+    for (int i = start - half; i < start - half + part && start < 64; i += 2)
+      weights[i / 2] = pack<Element>(scores[i], scores[i + 1]);
+    if (start > half)
 #pragma unroll
       for (int i = start - part; i < start; i += 2) {
         sums[i / 2 % 2][0] += scores[i];
