@@ -104,12 +104,8 @@ CASES = {
     "dense": Case(*_SEQUENCE, (32768,), (1,), 1.0),
     "dense-64": Case(*_LTX, (32, 64, 96), (1, 1, 1), 1.0),
     "flux4k-text": Case(*_IMAGE, (80, 80), (16, 16), share=0.97, prefix=512),
-    "hunyuan-text": Case(
-        *_VIDEO, (18, 24, 24), (16, 8, 8), share=0.97, suffix=256, shown=100
-    ),
-    "dilated": Case(
-        (16, 44, 80), 16, 128, (16, 4, 16), (1, 1, 1), share=0.5, dilation=(1, 11, 5)
-    ),
+    "hunyuan-text": Case(*_VIDEO, (18, 24, 24), (16, 8, 8), share=0.97, suffix=256, shown=100),
+    "dilated": Case((16, 44, 80), 16, 128, (16, 4, 16), (1, 1, 1), share=0.5, dilation=(1, 11, 5)),
 }
 
 
@@ -264,9 +260,7 @@ def main() -> None:
     torch.manual_seed(0)
     results = []
     for name in arguments.cases or CASES:
-        result = measure(
-            name, CASES[name], arguments.repeats, arguments.provider, arguments.flex
-        )
+        result = measure(name, CASES[name], arguments.repeats, arguments.provider, arguments.flex)
         results.append(result)
         print(table([result]).splitlines()[1], flush=True)
     print(f"\n{machine()}\n{table(results)}")

@@ -39,7 +39,9 @@ class RandomProblem:
         dilated = rng.random() < 0.3
         for _ in range(rank):
             length = rng.randint(1, longest)
-            dilation = rng.randint(1, min(length, 8 if rng.random() < 0.8 else 12)) if dilated else 1
+            dilation = (
+                rng.randint(1, min(length, 8 if rng.random() < 0.8 else 12)) if dilated else 1
+            )
             window = rng.choice([rng.randint(1, length // dilation), length // dilation])
             stride = rng.choice([1, rng.randint(1, window), window])
             values = (length, window, stride, dilation, rng.random() < 0.2)

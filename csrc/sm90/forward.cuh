@@ -2,9 +2,9 @@
 //
 // A query tile is 128 rows, 64 for each computing warpgroup; key tiles are 128 keys. Boxes of the
 // raster grid arrive in shared memory as the swizzled rows that the matrix unit reads, through rank-5
-// tensor maps, so tokens are never permuted. Within a warpgroup the softmax of a tile runs beside the
-// matrix work of the tile before it, and the two warpgroups take turns at the matrix unit, as in
-// FlashAttention-3 (arXiv 2407.08608).
+// tensor maps, so tokens are never permuted. The two warpgroups take turns at the matrix unit, so that
+// one's softmax runs beside the other's products, and a turn holds the scores of a tile and the output
+// of the tile before it, as in FlashAttention-3 (arXiv 2407.08608).
 //
 // Who does what: one warp works out the next query tile (geometry, and what each row sees); one walks
 // its key tiles, judges them for both halves of the rows and has them loaded; one has the values loaded;
@@ -399,7 +399,7 @@ struct Forward {
           raise_offsets<Element>(scores, rows, rescale);
           scale_rows(output, rescale);
         }
-        weigh<Element>(scores, rows, weights, [] {});
+        weigh<Element>(scores, rows, weights);
         Place<stages> value = key;
         key.advance();
 
@@ -419,18 +419,16 @@ struct Forward {
           pin(scores);
           release(keys.empty + key.stage());
           if (ended) release(queries.empty);
-          if (hide_and_shift(scores, rows, scale, masked, words)) {
+          const bool raises = hide_and_shift(scores, rows, scale, masked, words);
+          matrix_wait<0>();
+          pin(output);
+          pin(weights);
+          release(values.empty + value.stage());
+          if (raises) {
             raise_offsets<Element>(scores, rows, rescale);
-            matrix_wait<0>();
-            pin(output);
             scale_rows(output, rescale);
           }
-          weigh<Element>(scores, rows, weights, [&] {
-            matrix_wait<0>();
-            pin(output);
-            pin(weights);
-            release(values.empty + value.stage());
-          });
+          weigh<Element>(scores, rows, weights);
           value = key;
           key.advance();
         }

@@ -176,31 +176,18 @@ __device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& r
 }
 
 // Turns shifted scores into weights, as 16-bit operands of the matrix unit: in the scores' layout.
-//
-// The old weights may still be in use until `await_old` returns, which is called half way.
-template <typename Element, typename AwaitOld>
+template <typename Element>
 __device__ __forceinline__ void weigh(float (&scores)[64], ThreadRows& rows,
-                                      uint32_t (&weights)[32], AwaitOld await_old) {
-  constexpr int half = 32, part = 8;
+                                      uint32_t (&weights)[32]) {
+  constexpr int part = 8;
   float sums[2][2] = {};
-#pragma unroll
-  for (int i = 0; i < half; ++i) scores[i] = exp2_approximate(scores[i]);
-#pragma unroll
-  for (int i = 0; i < half; ++i) sums[i / 2 % 2][i % 2] += scores[i];
-  // Never so. But the branch needs these sums, so the assembler must have the exponentials done by
-  // here, beside the matrix work that is waited for next; left to itself it puts them behind it.
-  if (fminf(sums[0][0] + sums[0][1], sums[1][0] + sums[1][1]) < 0.0f) __trap();
-  await_old();
   // What follows from the exponentials of one part stands behind those of the next.
 #pragma unroll
-  for (int start = half; start <= 64; start += part) {
+  for (int start = 0; start <= 64; start += part) {
     if (start < 64)
 #pragma unroll
       for (int i = start; i < start + part; ++i) scores[i] = exp2_approximate(scores[i]);
-#pragma unroll
-    for (int i = start - half; i < start - half + part && start < 64; i += 2)
-      weights[i / 2] = pack<Element>(scores[i], scores[i + 1]);
-    if (start > half)
+    if (start > 0)
 #pragma unroll
       for (int i = start - part; i < start; i += 2) {
         sums[i / 2 % 2][0] += scores[i];

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from gna_compile.geometry import Neighborhood
 from gna_compile.providers import sm90_boxes
 from gna_compile.providers.portable import Portable
 from gna_compile.providers.problem import Problem
@@ -83,22 +84,32 @@ class Sm90:
     ) -> None:
         if scale < 0:
             query, scale = -query, -scale
-        native = _native_problem(problem, key_mask, max(scale, _SMALLEST_SCALE))
-        written = output if _is_writable(problem, output) else torch.empty_like(query)
+        loaded = library()
+        assert loaded is not None
+        native = NativeProblem.from_buffer_copy(_native_problem(problem))
+        native.scale = max(scale, _SMALLEST_SCALE)
+        if key_mask is not None and key_mask.numel():
+            native.key_mask = key_mask.data_ptr()
+            native.key_mask_batch_stride, native.key_mask_token_stride = key_mask.stride()
         # Copies, if any, must outlive the launch: until then their memory could be handed out again.
-        inputs = [_aligned(tensor) for tensor in (query, key, value)]
+        query, key, value = _aligned(query), _aligned(key), _aligned(value)
+        written = output
+        if output.data_ptr() % _ALIGNMENT or not _is_writable(problem, output.stride()):
+            written = torch.empty_like(query)
+        arguments = (
+            native,
+            _view(query),
+            _view(key),
+            _view(value),
+            _view(written),
+            logsumexp.data_ptr(),
+        )
         device = query.device.index
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            loaded = library()
-            assert loaded is not None
-            code = loaded.gna_sm90_forward(
-                byref(native),
-                *(byref(_view(tensor)) for tensor in inputs),
-                byref(_view(written)),
-                logsumexp.data_ptr(),
-                stream,
-            )
+        if device == torch.cuda.current_device():
+            code = loaded.gna_sm90_forward(*arguments, _stream(device))
+        else:
+            with torch.cuda.device(device):
+                code = loaded.gna_sm90_forward(*arguments, _stream(device))
         if code != 0:
             raise RuntimeError(f"sm90: {loaded.gna_sm90_message().decode()}; {problem}")
         if written is not output:
@@ -150,7 +161,7 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _plan(neighborhood):  # type: ignore[no-untyped-def]
+def _plan(neighborhood: Neighborhood) -> tuple[ctypes.Array[GridAxis], int] | None:
     """Axes as the kernel takes them, or None if it cannot read their boxes."""
     joined = sm90_boxes.merged(neighborhood)
     boxes = sm90_boxes.choose_boxes(joined)
@@ -180,11 +191,9 @@ def _unreadable(problem: Problem, heads: int, strides: tuple[int, ...]) -> str |
     return reason.decode() if reason else None
 
 
-def _is_writable(problem: Problem, output: Tensor) -> bool:
-    return (
-        output.data_ptr() % _ALIGNMENT == 0
-        and _unreadable(problem, problem.heads, output.stride()) is None
-    )
+@lru_cache(maxsize=1024)
+def _is_writable(problem: Problem, strides: tuple[int, ...]) -> bool:
+    return _unreadable(problem, problem.heads, strides) is None
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -196,11 +205,17 @@ def _view(tensor: Tensor) -> TensorView:
     return TensorView(tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _native_problem(problem: Problem, key_mask: Tensor | None, scale: float) -> NativeProblem:
+def _stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@lru_cache(maxsize=1024)
+def _native_problem(problem: Problem) -> NativeProblem:
+    """All of the problem that does not change from call to call."""
     planned = _plan(problem.neighborhood)
     assert planned is not None
     axes, count = planned
-    native = NativeProblem(
+    return NativeProblem(
         _TYPES[problem.dtype],
         problem.batch,
         problem.heads,
@@ -211,8 +226,3 @@ def _native_problem(problem: Problem, key_mask: Tensor | None, scale: float) -> 
         problem.neighborhood.prefix,
         problem.neighborhood.suffix,
     )
-    native.scale = scale
-    if key_mask is not None and key_mask.numel():
-        native.key_mask = ctypes.c_void_p(key_mask.data_ptr())
-        native.key_mask_batch_stride, native.key_mask_token_stride = key_mask.stride()
-    return native
