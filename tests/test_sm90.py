@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from torch import Tensor
 
 from gna_compile import ops
+from gna_compile.geometry import Neighborhood
+from gna_compile.providers import Problem, sm90_boxes
 from gna_compile.providers.sm90 import Sm90, _current_capability
 from gna_compile.providers.sm90_library import library
 
@@ -24,6 +32,146 @@ needs_hopper = pytest.mark.skipif(
     library() is None or _current_capability() != (9, 0),
     reason="needs the CUDA kernels and a GPU of compute capability 9.0",
 )
+
+
+ROOT = Path(__file__).parent.parent
+CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+NVCC = shutil.which("nvcc")
+
+
+@pytest.fixture(scope="module")
+def walker(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if CXX is None:
+        pytest.skip("needs a C++ compiler")
+    path = tmp_path_factory.mktemp("walk") / "walk.so"
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc/include'}"]
+    subprocess.run([CXX, *flags, str(ROOT / "tests/sm90_walk.cpp"), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path)).walk_all
+
+
+def random_boxes(rng: random.Random, rank: int, log2_tile: int) -> list[int]:
+    boxes = [0] * rank
+    for _ in range(log2_tile):
+        boxes[rng.randrange(rank)] += 1
+    return boxes
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_tiles_and_masks_cover_exactly_what_is_visible(walker: Any, block: int) -> None:
+    for seed in range(60 * block, 60 * block + 60):
+        rng = random.Random(seed)
+        rank = rng.choice([1, 2, 3])
+        longest = {1: 70, 2: 14, 3: 6}[rank]
+        names = ("grid", "window", "stride", "dilation", "causal")
+        geometry: dict[str, Any] = {name: [] for name in names}
+        log2_tile = rng.choice([5, 6, 7])
+        axes = [(1, 1, 1, 1, 0, 0, 0)] * (3 - rank)
+        boxes = [random_boxes(rng, rank, log2_tile) for _ in range(2)]
+        for a in range(rank):
+            length = rng.randint(1, longest)
+            dilation = rng.choice([1, 1, rng.randint(1, min(length, 4))])
+            window = rng.randint(1, length // dilation)
+            values = (length, window, rng.randint(1, window), dilation, rng.random() < 0.3)
+            for name, value in zip(names, values, strict=True):
+                geometry[name].append(value)
+            axes.append((*values, boxes[0][a], boxes[1][a]))
+        prefix, suffix = (rng.choice([0, rng.randint(0, 40)]) for _ in range(2))
+        visible = oracle.mask(**geometry, prefix=prefix, suffix=suffix).numpy()
+        seen = np.zeros(visible.shape, dtype=np.uint8)
+        numbers = [int(x) for axis in axes for x in axis]
+        line = walker(
+            (ctypes.c_int32 * 21)(*numbers),
+            prefix,
+            suffix,
+            len(visible),
+            seen.ctypes.data_as(ctypes.c_void_p),
+        )
+        assert line == 0, (line, seed)
+        assert (seen == visible).all(), seed
+
+
+def test_boxes_are_readable_and_cheapest_where_it_is_known() -> None:
+    video = Neighborhood.of((30, 48, 80), (18, 24, 24), (16, 8, 8))
+    boxes = sm90_boxes.choose_boxes(video)
+    assert boxes == sm90_boxes.Boxes((1, 3, 3), (1, 3, 3))
+    dilated = sm90_boxes.choose_boxes(
+        Neighborhood.of((16, 44, 80), (16, 4, 16), dilation=(1, 11, 5))
+    )
+    assert dilated is not None
+    assert dilated.queries[1] == dilated.keys[1] == 0
+    assert sm90_boxes.choose_boxes(Neighborhood.of((4096,), (64,), dilation=(16,))) is None
+
+
+def test_declines_say_why() -> None:
+    def declined(**changes: Any) -> str | None:
+        facts: dict[str, Any] = {
+            "device": "cuda",
+            "dtype": torch.bfloat16,
+            "batch": 1,
+            "heads": 4,
+            "kv_heads": 4,
+            "head_dim": 64,
+            "neighborhood": Neighborhood.of((1024,), (64,)),
+            "has_key_mask": False,
+            **dict.fromkeys(
+                ("query_strides", "key_strides", "value_strides"), (262144, 65536, 64, 1)
+            ),
+        }
+        return Sm90().declines(Problem(**{**facts, **changes}))
+
+    assert declined() is None
+    assert "fp32" in (declined(dtype=torch.float32) or "") or "float32" in (
+        declined(dtype=torch.float32) or ""
+    )
+    assert "head size 80" in (declined(head_dim=80) or "")
+    assert "contiguous" in (declined(key_strides=(262144, 65536, 1, 1024)) or "")
+    assert "dilation" in (
+        declined(neighborhood=Neighborhood.of((1024,), (16,), dilation=(16,))) or ""
+    )
+    if library() is not None:
+        assert "16 bytes" in (declined(value_strides=(262144, 65536, 65, 1)) or "")
+    assert "cpu" in (
+        Sm90().supports(
+            Problem(
+                "cpu",
+                torch.bfloat16,
+                1,
+                1,
+                1,
+                64,
+                Neighborhood.of((8,), (8,)),
+                False,
+                *[(512, 512, 64, 1)] * 3,
+            )
+        )
+        or ""
+    )
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("kernel", ["bf16_128", "bf16_64"])
+def test_compiles_to_asynchronous_matrix_instructions(kernel: str, tmp_path: Path) -> None:
+    cubin = tmp_path / "kernel.cubin"
+    command = [
+        *(str(NVCC), "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-Xptxas", "-v"),
+        *("-gencode", "arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc/include'}"),
+        *(str(ROOT / f"csrc/sm90/forward_{kernel}.cu"), "-o", str(cubin)),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    notices = run.stdout + run.stderr
+    if "Unsupported gpu architecture" in notices:
+        pytest.skip("this nvcc does not know sm_90a")
+    assert run.returncode == 0, notices
+    # setmaxnreg ignored, or matrix instructions serialised.
+    assert not re.search("C75(08|10|11)", notices), notices
+    assert " 0 bytes spill stores, 0 bytes spill loads" in notices, notices
+    disassembler = shutil.which("nvdisasm") or shutil.which("cuobjdump")
+    if disassembler:
+        flags = ["-sass"] if "cuobjdump" in disassembler else ["-c"]
+        sass = subprocess.run(
+            [disassembler, *flags, str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        assert sass.count("HGMMA") >= 16
 
 
 class RandomProblem:
