@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -64,7 +64,7 @@ def explain(
         result.print(console)
 
 
-def _build(target: str) -> tuple[object, tuple[object, ...], dict[str, object]]:
+def _build(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     path, _, name = target.rpartition(":")
     if not path or not Path(path).is_file():
         raise _fail(f"{target!r} is not FILE.py:FUNCTION with an existing file")
@@ -141,7 +141,9 @@ def doctor() -> None:
     from gna_compile.providers import PROVIDERS
 
     supported = (2, 11) <= tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
-    console.print(f"torch {torch.__version__}" + ("" if supported else " (supported: 2.11 to 2.13)"))
+    console.print(
+        f"torch {torch.__version__}" + ("" if supported else " (supported: 2.11 to 2.13)")
+    )
     listed = "gna" in torch._dynamo.list_backends()
     console.print(f"backend 'gna' registered: {'yes' if listed else 'no, reinstall gna-compile'}")
     if torch.cuda.is_available():

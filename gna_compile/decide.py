@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve
+from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, times
 from gna_compile.graph.sites import Site
-from gna_compile.policy import LayerFacts, Parameters, Policy, PolicyMismatch, Rule
-from gna_compile.prepare import Stamp
+from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.providers import Declined, Problem, choose
 from gna_compile.reasons import Reason
+from gna_compile.stamps import Stamp
 
 Size = int | torch.SymInt
 
@@ -97,8 +97,7 @@ def decide(
         policy = stamp.policy if stamp is not None else policy
         if policy is None:
             raise _Dense(Reason.NO_RULE, "no policy reaches this graph: give one, or call prepare")
-        stamped = stamp.layout if stamp is not None else None
-        layout = resolve(site, flow, stamped or policy.layout, policy.global_tokens)
+        layout = _layout(site, flow, stamp, policy)
         grid = layout.grid if isinstance(layout, Layout) else None
         rule = policy.rule_for(LayerFacts(name, classes, site.tokens, grid), phase)
         if rule is None:
@@ -106,10 +105,11 @@ def decide(
         facts["rule"] = rule.index
         if rule.dense:
             raise _Dense(Reason.RULE_DENSE)
-        if stamped is None and rule.layout is not None:
-            layout = resolve(site, flow, rule.layout, rule.global_tokens)
+        layout = _layout(site, flow, stamp, rule)
         if relation == "unknown":
-            raise _Dense(Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens")
+            raise _Dense(
+                Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens"
+            )
         if isinstance(layout, Refusal):
             raise _Dense(layout.reason, layout.detail)
         facts["layout"] = layout
@@ -130,6 +130,24 @@ def _stamp_for(
         if identity in stamps:
             return stamps[identity]
     return None
+
+
+def _layout(
+    site: Site, flow: TokenFlow, stamp: Stamp | None, declaring: Policy | Rule
+) -> Layout | Refusal:
+    """The layout by `prepare`, the policy or its rule, or the graph; what ids show must agree."""
+    declared = declaring.layout
+    if stamp is not None:
+        declared = stamp.layout or declared
+        ids_grid = stamp.ids_grid
+        if ids_grid is not None and declared is None:
+            declared = DeclaredLayout(ids_grid)
+        elif ids_grid is not None and declared is not None and declared.grid != ids_grid:
+            return Refusal(
+                Reason.LAYOUT_MISMATCH,
+                f"declared is the grid {times(declared.grid)}, position ids show {times(ids_grid)}",
+            )
+    return resolve(site, flow, declared, declaring.global_tokens)
 
 
 def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
@@ -173,9 +191,7 @@ def _check_causal(site: Site, layout: Layout, parameters: Parameters) -> None:
         raise _Dense(Reason.CAUSAL)
 
 
-def _check_gain(
-    site: Site, layout: Layout, parameters: Parameters, policy: Policy
-) -> float | None:
+def _check_gain(site: Site, layout: Layout, parameters: Parameters, policy: Policy) -> float | None:
     if bool(site.tokens < policy.min_tokens):
         raise _Dense(Reason.TOO_FEW_TOKENS, f"{site.tokens} < min_tokens {policy.min_tokens}")
     pairs = _visible_pairs(layout, parameters)

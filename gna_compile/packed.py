@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from gna_compile.graph.layouts import Layout, grid_from_ids
+from gna_compile.graph.layouts import Layout
+from gna_compile.graph.position_ids import grid_from_ids
 from gna_compile.lower import Lowered
-from gna_compile.prepare import SeenTensor, restamp, stamp_of
+from gna_compile.stamps import SeenTensor, restamp, stamp_of
 
 log = logging.getLogger("gna_compile")
 
-IdsCheck = tuple[int, tuple[int, ...]]
+IdsCheck = tuple[int, tuple[Any, ...]]
 """Position of an ids tensor among a graph's inputs, and the grid that its values must show."""
 
 

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from gna_compile.policy import DEFAULT_PHASE as DEFAULT
-from gna_compile.policy import load_policy
+from gna_compile.policy import DEFAULT_PHASE, load_policy
 
-_current: ContextVar[str] = ContextVar("gna_phase", default=DEFAULT)
+_current: ContextVar[str] = ContextVar("gna_phase", default=DEFAULT_PHASE)
 
 
 def current_phase() -> str:

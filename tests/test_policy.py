@@ -685,8 +685,7 @@ def test_symbolic_grids_stay_symbolic() -> None:
         policy = make({"tokens": {"min": 50}, "window": 3})
         tokens = grid[0] * grid[1] * grid[2]
         assert policy.rule_for(LayerFacts("a", tokens=tokens, grid=grid)) is not None
-        left = make({"window": 3}, layout={"grid": [4, 4]}, global_tokens="prefix").rules[0]
-        seen.append((grid, rule.parameters(grid), plain.parameters(grid), left.placement(tokens)))
+        seen.append((grid, rule.parameters(grid), plain.parameters(grid)))
         return gm.forward
 
     torch._dynamo.reset()
@@ -694,41 +693,13 @@ def test_symbolic_grids_stay_symbolic() -> None:
     for shape in ((7, 30, 52), (9, 44, 80)):
         compiled(torch.zeros(shape))
     assert len(seen) == 1  # one graph serves both
-    grid, found, fixed, left = seen[0]
-    assert all(isinstance(size, torch.SymInt) for size in (*grid, *found.window, left.prefix))
+    grid, found, fixed = seen[0]
+    assert all(isinstance(size, torch.SymInt) for size in (*grid, *found.window))
     assert [size.node.hint for size in found.window] == [7, 8, 26]
     assert fixed.window == (4, 5, 6)
-    assert left.prefix.node.hint == 7 * 30 * 52 - 16
 
 
 # Declared layouts
-
-
-@pytest.mark.parametrize(
-    ("keys", "tokens", "expected"),
-    [
-        ({"layout": {"grid": [4, 8]}}, 32, ((4, 8), 0, 0)),
-        ({"layout": {"grid": [4, 8]}}, 33, None),
-        ({"layout": {"grid": [4, 8]}}, 31, None),
-        ({"layout": {"grid": [4, 8], "prefix": 5}}, 37, ((4, 8), 5, 0)),
-        ({"layout": {"grid": [4, 8], "prefix": 5}}, 38, None),
-        ({"layout": {"grid": [4, 8], "prefix": 1, "suffix": 2}}, 35, ((4, 8), 1, 2)),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "prefix"}, 40, ((4, 8), 8, 0)),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "suffix"}, 40, ((4, 8), 0, 8)),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "suffix"}, 32, ((4, 8), 0, 0)),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "prefix"}, 31, None),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "none"}, 40, None),
-        ({"layout": {"grid": [4, 8], "prefix": 5}, "global_tokens": "prefix"}, 40, None),
-    ],
-)
-def test_placement(keys: dict[str, Any], tokens: int, expected: Any) -> None:
-    rule = make({"window": 3}, **keys).rules[0]
-    if expected is not None:
-        assert rule.placement(tokens) == expected
-        return
-    with pytest.raises(PolicyMismatch, match=f"does not have the site's {tokens} tokens") as caught:
-        rule.placement(tokens)
-    assert caught.value.reason is Reason.LAYOUT_MISMATCH
 
 
 def test_rules_override_the_policy() -> None:
@@ -743,7 +714,6 @@ def test_rules_override_the_policy() -> None:
     assert facts == [("global_tokens", "prefix"), (None, "suffix")]
     grids = [rule.layout.grid for rule in policy.rules if rule.layout]
     assert grids == [(4,), (9,)]
-    assert make({"window": 2}).rules[0].placement(7) is None
 
 
 # Checking against a grid
@@ -850,7 +820,8 @@ def test_the_bounds_in_shipped_comments_are_right(name: str) -> None:
         found = Neighborhood.of(grid, *parameters, prefix=int(prefix or 0), suffix=int(suffix or 0))
         assert f"{1 / found.flop_share:.2f}" == bound
         if rule.layout:
-            assert rule.placement(found.tokens) == (grid, found.prefix, found.suffix)
+            around = (rule.layout.prefix or 0, rule.layout.suffix or 0)
+            assert (rule.layout.grid, *around) == (grid, found.prefix, found.suffix)
         covered.add(rule.index)
     assert covered == {rule.index for rule in policy.rules if not rule.dense}
 

@@ -23,8 +23,6 @@ from gna_compile.graph.position_ids import grid_from_ids, may_be_ids
 from gna_compile.graph.values import Size, holds, is_known
 from gna_compile.reasons import Reason
 
-__all__ = ["Layout", "Refusal", "TokenFlow", "grid_from_ids", "resolve"]
-
 MAX_AXES = 3
 
 
@@ -189,7 +187,7 @@ class TokenFlow:
         if not on_grid:
             raise _Unclear(Reason.LAYOUT_UNKNOWN.meaning)
         if len(on_grid) > 1:
-            grids = " and ".join(_times(segments[i].grid or ()) for i in on_grid)
+            grids = " and ".join(times(segments[i].grid or ()) for i in on_grid)
             raise _Unclear(f"the tokens are several grids one after another: {grids}")
         (index,) = on_grid
         segment = segments[index]
@@ -231,7 +229,7 @@ class TokenFlow:
             return parts
         grids = [part.grid for part in parts if part.grid is not None]
         if grids:
-            both = " and as ".join(_times(grid) for grid in (whole.grid, *grids))
+            both = " and as ".join(times(grid) for grid in (whole.grid, *grids))
             raise _Unclear(f"the tokens are used as {both}")
         return [whole]
 
@@ -240,7 +238,7 @@ class TokenFlow:
         shown = [grid for grid in dim.grids if self._counts(grid)]
         if len(shown) > 1:
             both = " and as ".join(
-                _times([self._axes.find(f).size for f in grid.factors]) for grid in shown
+                times([self._axes.find(f).size for f in grid.factors]) for grid in shown
             )
             raise _Unclear(f"the tokens are used as {both}, and both cannot be their grid")
         if not shown:
@@ -255,7 +253,7 @@ class TokenFlow:
             leaf.size for leaf in leaves
         )
         if len(sizes) > MAX_AXES:
-            raise _Unclear(f"the tokens lie on {len(sizes)} axes, {_times(sizes)}")
+            raise _Unclear(f"the tokens lie on {len(sizes)} axes, {times(sizes)}")
         return Segment(dim.size, sizes, f"graph: {grid.source}")
 
     def _shown_by_ids(self, dim: Dim) -> Segment:
@@ -266,7 +264,7 @@ class TokenFlow:
         for other, rival in shown[1:]:
             if other != grid:
                 raise _Unclear(
-                    f"{node.name} shows the grid {_times(grid)}, {rival.name} {_times(other)}"
+                    f"{node.name} shows the grid {times(grid)}, {rival.name} {times(other)}"
                 )
         return Segment(dim.size, grid, f"values of {node.name}", node)
 
@@ -384,7 +382,7 @@ def _placed(
         return Refusal(
             Reason.LAYOUT_MISMATCH,
             f"declared is `global_tokens: {global_tokens}`, but the tokens of the grid "
-            f"{_times(grid)} have {prefix} before and {suffix} after them",
+            f"{times(grid)} have {prefix} before and {suffix} after them",
         )
     return prefix, suffix
 
@@ -435,10 +433,11 @@ def _sum(sizes: Sequence[Size]) -> Size:
     return total
 
 
-def _times(grid: Sequence[Size]) -> str:
+def times(grid: Sequence[Size]) -> str:
+    """Sizes as text: 30×48×80."""
     return "×".join(map(str, grid))
 
 
 def _words(grid: Sequence[Size], prefix: Size, suffix: Size) -> str:
     around = f" with prefix {prefix} and suffix {suffix}"
-    return f"the grid {_times(grid)}{around}"
+    return f"the grid {times(grid)}{around}"

@@ -273,9 +273,7 @@ def _evaluate_size(node: fx.Node) -> Any:
     return node.target(*args)  # type: ignore[operator]
 
 
-def copy_with_sites(
-    gm: fx.GraphModule, sites: Sequence[Site]
-) -> tuple[fx.GraphModule, list[Site]]:
+def copy_with_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> tuple[fx.GraphModule, list[Site]]:
     """A copy of `gm` whose graphs can be changed apart from it, and the same sites in the copy.
 
     Parameters and constants are shared, not copied.

@@ -48,7 +48,11 @@ class Explanation:
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, policy: PolicyLike = None, quiet: bool = False, **kwargs: Any
+    model: Callable[..., Any],
+    *args: Any,
+    policy: PolicyLike = None,
+    quiet: bool = False,
+    **kwargs: Any,
 ) -> Explanation:
     """Runs `model` once, without gradients and without lowering, and says what becomes of each site.
 
@@ -60,6 +64,7 @@ def explain(
 
     Raises:
         PolicyError: if the policy is malformed.
+        RuntimeError: if Dynamo compiles nothing of the model.
     """
     result = Explanation(tuple(_records(model, args, kwargs, policy)))
     if not quiet:
@@ -97,6 +102,12 @@ def _records(
     limit = torch._dynamo.config.patch(recompile_limit=2**20)
     with collecting() as records, torch.no_grad(), limit:
         torch.compile(model, backend=backend)(*args, **kwargs)
+    if not records:
+        raise RuntimeError(
+            "Dynamo compiled no graph of this model, so there is nothing to explain. Its code is "
+            "disabled for compilation, or reached torch._dynamo.config.recompile_limit earlier in "
+            "this process: call torch._dynamo.reset() first."
+        )
     return records
 
 

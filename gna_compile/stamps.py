@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gna_compile.graph.layouts import grid_from_ids
+from gna_compile.graph.position_ids import grid_from_ids
 from gna_compile.policy import DeclaredLayout, Policy, load_policy
 
 log = logging.getLogger("gna_compile")
@@ -48,19 +48,22 @@ class Stamp:
     Attributes:
         policy: the policy it was prepared with.
         name: its qualified name in the prepared model.
-        layout: the declared layout of its tokens, if any.
+        classes: class names of the modules from the model down to it.
+        layout: the layout of its tokens that `prepare` was given, if any.
+        ids_grid: the grid that the model's position ids show at present, if it has any.
     """
 
     policy: Policy
     name: str
     classes: tuple[str, ...]
     layout: DeclaredLayout | None
+    ids_grid: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
         """Equal for layers that the policy treats alike whatever their tokens are."""
         rules = self.policy.signature(self.name, self.classes)
-        parts = (self.policy.fingerprint, rules, self.layout)
+        parts = (self.policy.fingerprint, rules, self.layout, self.ids_grid)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -93,7 +96,7 @@ def prepare(
     for name, module, classes in _attention_modules(model):
         _stamp(module, Stamp(policy, name, classes, declared))
         module.register_forward_pre_hook(_read_key)
-    if declared is None and _IDS in inspect.signature(model.forward).parameters:
+    if _IDS in inspect.signature(model.forward).parameters:
         model.register_forward_pre_hook(_follow_ids, with_kwargs=True)
     _warn_of_recompile_limit(model)
     return model
@@ -156,19 +159,18 @@ def _follow_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     module.__dict__[_SEEN] = SeenTensor(ids)
 
 
-@torch.compiler.substitute_in_graph(_follow_ids, skip_signature_check=True)  # type: ignore[arg-type]
+@torch.compiler.substitute_in_graph(_follow_ids, skip_signature_check=True)
 def _follow_ids_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
     """Inside a larger graph nothing can be read; the backend's own check then guards the grid."""
-    return None
+    return
 
 
 def restamp(model: nn.Module, grid: tuple[int, ...] | None) -> None:
-    """Gives every stamped layer of `model` this grid, so that Dynamo's guards see the change."""
-    layout = None if grid is None else DeclaredLayout(grid)
+    """Stamps this grid of position ids on every layer, so that Dynamo's guards see the change."""
     for module in model.modules():
         stamp = stamp_of(module)
-        if stamp is not None and stamp.layout != layout:
-            _stamp(module, replace(stamp, layout=layout))
+        if stamp is not None and stamp.ids_grid != grid:
+            _stamp(module, replace(stamp, ids_grid=grid))
 
 
 class SeenTensor:
@@ -232,13 +234,13 @@ def _warn_of_recompile_limit(model: nn.Module) -> None:
         for block in blocks:
             keys = tuple(m.__dict__[KEY] for m in block.modules() if stamp_of(m) is not None)
             graphs[type(block)].add(keys)
-    for block_class, keys in graphs.items():
-        if len(keys) > config.recompile_limit:
+    for block_class, combinations in graphs.items():
+        if len(combinations) > config.recompile_limit:
             log.warning(
                 "%s has %d different combinations of rules, more than "
                 "torch._dynamo.config.recompile_limit = %d: compiled block by block, the rest "
                 "would silently run eagerly. Raise the limit, or compile the whole model.",
                 block_class.__name__,
-                len(keys),
+                len(combinations),
                 config.recompile_limit,
             )
