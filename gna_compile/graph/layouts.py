@@ -155,11 +155,6 @@ class TokenFlow:
                 self._layouts[name] = Refusal(Reason.LAYOUT_UNKNOWN, str(unclear))
         return self._layouts[name]
 
-    def why(self, site: AnySite) -> str:
-        """Why a site has no layout; "" if it has one."""
-        layout = self.layout(site)
-        return layout.detail if isinstance(layout, Refusal) else ""
-
     # One subgraph may be called several times; then what follows is asked once per call.
 
     def _token_dims(self, site: AnySite) -> list[tuple[Dim, Dim]]:
@@ -287,12 +282,12 @@ class TokenFlow:
     def _leaves(self, grid: Grid) -> Shape:
         """The axes that a grid's factors were merged from: (T * H, W) is (T, H, W).
 
-        An axis of space by itself stays whole, though a model may cut it into windows.
+        An axis that is merely split, or one of space, stays whole: a model may cut it into windows.
         """
         leaves: list[Dim] = []
         for factor in grid.factors:
             factor = self._axes.find(factor)
-            inner = [] if factor.is_spatial else [g for g in factor.grids if self._counts(g)]
+            inner = [] if factor.is_spatial else [g for g in factor.grids if g.is_merged]
             leaves.extend(self._leaves(inner[0]) if len(inner) == 1 else (factor,))
         return tuple(leaves)
 

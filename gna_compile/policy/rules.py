@@ -8,7 +8,6 @@ data (unbacked) cannot be compared: the caller declines them first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
