@@ -20,6 +20,7 @@ from torch._dynamo.backends.registry import lookup_backend
 import gna_compile
 from gna_compile.backend import gna
 from gna_compile.report.explain import Explanation
+from tools.model_table import with_table
 
 GOLDEN = Path(__file__).parent / "golden"
 POLICY: dict[str, Any] = {
@@ -46,8 +47,8 @@ def table_text(explanation: Explanation) -> str:
         became = f"gna {row.window} / {row.stride}" if row.decision == "gna" else row.reason
         layout = f"{row.layout} ({row.layout_source})" if row.layout else "-"
         shape = f"{row.heads}x{row.tokens}x{row.head_dim}"
-        lines.append(f"{row.layer or '?':60} {row.form:11} {shape:10} {layout:22} {became}")
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+        lines.append(f"{row.layer or '?':52} | {row.form:11} | {shape:8} | {layout:31} | {became}")
+    return "\n".join(lines) + "\n"
 
 
 def masks_of(explanation: Explanation) -> dict[str, torch.Tensor]:
@@ -76,7 +77,13 @@ def test_decisions(name: str) -> None:
     built = build(name)
     explanation = gna_compile.explain(built.model, policy=POLICY, quiet=True, **built.inputs)
     assert explanation.rows
-    golden(f"{name}.decisions.txt", table_text(explanation))
+    title = f"{type(built.model).__name__} ({name}, {MODELS[name].library})\n"
+    golden(f"{name}.decisions.txt", title + table_text(explanation))
+
+
+def test_the_readme_has_these_decisions() -> None:
+    readme = (GOLDEN.parent.parent / "README.md").read_text()
+    assert with_table(readme) == readme, "run tools/model_table.py"
 
 
 @pytest.mark.parametrize("name", FUSED)

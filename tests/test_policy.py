@@ -907,3 +907,8 @@ def test_shipped_globs_meet_the_layers_of_real_models(name: str, sparse: int, de
     effects = [policy.rule_for(LayerFacts(layer)) for layer in layers]
     rewritten = [rule for rule in effects if rule is not None and not rule.dense]
     assert (len(rewritten), len(layers) - len(rewritten)) == (sparse, dense)
+
+
+def test_the_docs_list_every_reason() -> None:
+    text = (ROOT / "docs" / "decisions.md").read_text()
+    assert [code for code in Reason if f"\n| `{code.value}` |" not in text] == []

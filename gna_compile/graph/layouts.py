@@ -19,7 +19,7 @@ from torch import fx
 from gna_compile.graph.align import agree, product
 from gna_compile.graph.axes import Axes, Dim, Grid, Shape
 from gna_compile.graph.flow import Walk
-from gna_compile.graph.position_ids import grid_from_ids, may_be_ids
+from gna_compile.graph.position_ids import grid_from_ids, may_be_ids, name_of
 from gna_compile.graph.values import Size, holds, is_known
 from gna_compile.reasons import Reason
 
@@ -259,9 +259,9 @@ class TokenFlow:
         for other, rival in shown[1:]:
             if other != grid:
                 raise _Unclear(
-                    f"{node.name} shows the grid {times(grid)}, {rival.name} {times(other)}"
+                    f"{name_of(node)} shows the grid {times(grid)}, {name_of(rival)} {times(other)}"
                 )
-        return Segment(dim.size, grid, f"values of {node.name}", node)
+        return Segment(dim.size, grid, f"values of {name_of(node)}", node)
 
     def _grid_of(self, ids: fx.Node) -> tuple[int, ...] | None:
         if ids not in self._grids:

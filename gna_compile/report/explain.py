@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
@@ -41,10 +43,12 @@ class Explanation:
         return table_of(self.rows)
 
     def print(self, console: Console | None = None) -> None:
-        """Prints the table and a line of summary."""
-        console = console or Console()
+        """Prints the table, a line of summary, and why sites stay dense."""
+        console = console or Console(width=None if sys.stdout.isatty() else 100)
         console.print(self.table())
         console.print(summary(self.rows) if self.rows else "no attention sites found")
+        for reason in reasons_in_words(self.rows):
+            console.print(f"  {reason}", highlight=False)
 
 
 def explain(
@@ -112,22 +116,41 @@ def _records(
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The rows as a rich table."""
-    several_phases = len({row.phase for row in rows}) > 1
-    table = Table(show_edge=False, header_style="bold")
-    names = ["phase"] * several_phases + ["layer", "heads x tokens x size", "layout", "decision"]
-    for name in [*names, "window / stride", "FLOPs kept", "provider", "reason"]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        layout = f"{row.layout} ({row.layout_source})" if row.layout else "-"
-        window = f"{row.window} / {row.stride}" if row.window else "-"
-        if row.window and set(row.dilation) - set("1x"):
-            window += f" dilation {row.dilation}"
-        if "causal" in row.causal:
-            window += f" {row.causal}"
-        share = "-" if row.flop_share is None else f"{row.flop_share:.1%}"
-        cells = [row.layer or "?", f"{row.heads} x {row.tokens} x {row.head_dim}", layout]
-        cells += [row.decision, window, share, row.provider or "-"]
-        reason = f"{row.reason}: {row.detail}" if row.reason else ""
-        table.add_row(*([row.phase] * several_phases), *cells, reason)
+    """The rows as a rich table, in sections by phase if there are several."""
+    phases = list(dict.fromkeys(row.phase for row in rows))
+    table = Table(box=HORIZONTALS, show_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("heads x tokens\nx head size", no_wrap=True)
+    table.add_column("layout\nand source", no_wrap=True)
+    table.add_column("becomes", no_wrap=True)
+    table.add_column("FLOPs\nkept", justify="right", no_wrap=True)
+    for phase in phases:
+        table.add_section()
+        if len(phases) > 1:
+            table.add_row(f"[bold]in phase {phase}[/bold]")
+        for row in rows:
+            if row.phase == phase:
+                table.add_row(
+                    row.layer or "?",
+                    f"{row.heads} x {row.tokens} x {row.head_dim}",
+                    f"{row.layout}\n[dim]{row.layout_source}[/dim]" if row.layout else "-",
+                    _becomes(row),
+                    "-" if row.flop_share is None else f"{row.flop_share:.1%}",
+                )
     return table
+
+
+def _becomes(row: Row) -> str:
+    if row.reason:
+        return f"dense: {row.reason}"
+    lines = [f"gna {row.window} / {row.stride}", f"on {row.provider}"]
+    if set(row.dilation) - set("1x"):
+        lines.insert(1, f"dilation {row.dilation}")
+    if "causal" in row.causal:
+        lines.insert(1, f"causal {row.causal}")
+    return "\n".join(lines)
+
+
+def reasons_in_words(rows: Sequence[Row]) -> list[str]:
+    """Each reason for which sites stay dense, once, with the values that decided."""
+    return list(dict.fromkeys(f"{row.reason}: {row.detail}" for row in rows if row.reason))

@@ -20,7 +20,7 @@ class Row:
         form: "sdpa", "written-out" or "opaque".
         heads, tokens, head_dim: sizes in the example inputs.
         layout: e.g. "14 + 8x10" (global tokens, then the grid), "" if unknown.
-        layout_source: "graph", "ids" or "declared".
+        layout_source: how the layout is known, as `Layout.source` has it.
         decision: "gna" or "dense".
         window, stride, dilation: e.g. "4x4x4", "" if dense.
         flop_share: share of dense attention's FLOPs that is kept, None if dense.

@@ -1,0 +1,61 @@
+"""Result files: the numbers, and the machine, versions and commit that they belong to."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(name: str, results: Any) -> Path:
+    """Writes `results` to `benchmarks/results/NAME.json` together with what they were run on."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """Processor, versions and commit."""
+    packages = ("torch", "diffusers", "transformers", "timm", "gna-compile")
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in packages if (version := _version(name))},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted changes": bool(_git("status", "--porcelain", "--", "gna_compile", "csrc")),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return run.stdout.strip()
