@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from gna_compile.lower import Lowered, lower
 from gna_compile.options import Options
-from gna_compile.phases import current_phase
+from gna_compile.phases import declare, known_phase
 from gna_compile.policy import DEFAULT_PHASE
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
             run = CheckedAgainstIds(run, dense, checks, plan.root)
         runs.append(run)
     record.publish()
-    return runs[0] if len(runs) == 1 else by_phase(runs, plan.variant_of_phase)
+    declare(plan.variant_of_phase)
+    return runs[0] if len(plan.variant_of_phase) == 1 else by_phase(runs, plan.variant_of_phase)
 
 
 @dataclass(frozen=True)
@@ -136,18 +137,18 @@ class GraphPlan:
 def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphPlan:
     """Decides on every site of a graph in every phase, and which phases share a graph."""
     from gna_compile.decide import decide
-    from gna_compile.graph.frame import guard_root_attribute, root_module
+    from gna_compile.graph.frame import frame_modules, guard_root_attribute, root_module
     from gna_compile.graph.layouts import TokenFlow
     from gna_compile.graph.sites import find_sites
     from gna_compile.policy import load_policy
-    from gna_compile.stamps import KEY, stamp_of, stamps_of
+    from gna_compile.stamps import KEY, stamp_of, stamps_below
 
     policy = load_policy(options.policy) if options.policy is not None else None
     sites = find_sites(gm)
     if not sites:
         return GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)
     root = root_module()
-    stamps = stamps_of(root)
+    stamps = stamps_below(frame_modules())
     if stamp_of(root) is not None:
         guard_root_attribute(KEY)
     policies = {stamp.policy for stamp in stamps.values()} | ({policy} if policy else set())
@@ -180,11 +181,7 @@ def by_phase(runs: Sequence[Lowered], variant_of_phase: dict[str, int]) -> Lower
     """Calls the variant that was lowered for the calling thread's phase."""
 
     def run(*inputs: Any) -> Any:
-        phase = current_phase()
-        if phase not in variant_of_phase:
-            known = ", ".join(map(repr, variant_of_phase))
-            raise ValueError(f"the policy has no phase {phase!r}; it has {known}")
-        return runs[variant_of_phase[phase]](*inputs)
+        return runs[variant_of_phase[known_phase(variant_of_phase)]](*inputs)
 
     return run
 

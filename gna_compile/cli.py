@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from gna_compile.policy import (
     PolicyError,
@@ -29,7 +31,7 @@ errors = Console(stderr=True)
 
 
 def _fail(message: object) -> typer.Exit:
-    errors.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    errors.print(f"[red]error:[/red] {escape(str(message))}", highlight=False, soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -42,7 +44,10 @@ def explain(
             "(model, args, kwargs) or (model, kwargs)"
         ),
     ],
-    policy: Annotated[str, typer.Option(help="A shipped policy's name, or a path.")],
+    policy: Annotated[
+        str | None,
+        typer.Option(help="A shipped policy's name, or a path. Not needed for a prepared model."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Print the graph diff instead.")] = False,
 ) -> None:
@@ -74,8 +79,13 @@ def _build(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     built = function()
     if not isinstance(built, tuple) or len(built) not in (2, 3):
         raise _fail(f"{name}() must return (model, args, kwargs) or (model, kwargs)")
-    model, *args, kwargs = built
-    return model, tuple(args[0]) if args else (), dict(kwargs)
+    model, args, kwargs = built if len(built) == 3 else (built[0], (), built[1])
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
+        raise _fail(
+            f"{name}() must return args as a tuple and kwargs as a dict, not "
+            f"{type(args).__name__} and {type(kwargs).__name__}"
+        )
+    return model, tuple(args), dict(kwargs)
 
 
 def _load(path: Path) -> ModuleType:
@@ -83,6 +93,7 @@ def _load(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.resolve().parent))
     spec.loader.exec_module(module)
     return module
 
@@ -120,7 +131,7 @@ def check(
         raise _fail(f"--grid {grid!r} must be 1 to 3 numbers of at least 1")
     problems = policy.check(sizes) if sizes else []
     for problem in problems:
-        errors.print(problem, highlight=False, soft_wrap=True)
+        errors.print(problem, highlight=False, soft_wrap=True, markup=False)
     if problems:
         raise typer.Exit(1)
     print(f"{file}: ok, {len(policy.rules)} rules, phases {', '.join(policy.phases)}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, times
+from gna_compile.graph.frame import position_ids_outside
+from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, same_grid, times
 from gna_compile.graph.sites import Site
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.providers import Declined, Problem, choose
@@ -84,7 +85,31 @@ def decide(
         root: the module whose method is being compiled.
         stamps: the stamps on it and its submodules, by `id` of the module.
     """
-    stamp = _stamp_for(site, root, stamps or {})
+    decision = _decide(site, flow, policy, phase, root, stamps or {})
+    for modules in site.other_calls:
+        layer = modules[-1].name if modules else ""
+        call = replace(site, modules=modules, layer=layer, other_calls=())
+        other = _decide(call, flow, policy, phase, root, stamps or {})
+        if not decision.same_rewrite(other):
+            return Decision(
+                site,
+                decision.layer,
+                decision.layout,
+                reason=Reason.SHARED,
+                detail=f"{decision.layer} and {other.layer} share a subgraph, not a decision",
+            )
+    return decision
+
+
+def _decide(
+    site: Site,
+    flow: TokenFlow,
+    policy: Policy | None,
+    phase: str,
+    root: torch.nn.Module | None,
+    stamps: Mapping[int, Stamp],
+) -> Decision:
+    stamp = _stamp_for(site, root, stamps)
     name = stamp.name if stamp is not None else site.layer
     classes = stamp.classes if stamp is not None else tuple(m.cls for m in site.modules)
     facts: dict[str, Any] = {"site": site, "layer": name}
@@ -126,10 +151,23 @@ def decide(
 def _stamp_for(
     site: Site, root: torch.nn.Module | None, stamps: Mapping[int, Stamp]
 ) -> Stamp | None:
-    for identity in reversed([id(root), *(module.id for module in site.modules)]):
-        if identity in stamps:
-            return stamps[identity]
-    return None
+    """The stamp on the innermost module around the site that has one."""
+    for ref in reversed(site.modules):
+        if ref.id in stamps:
+            return stamps[ref.id]
+        if ref.id == 0 and root is not None and _has_submodule(root, ref.name):
+            stamp = stamps.get(id(root.get_submodule(ref.name)))
+            if stamp is not None:
+                return stamp
+    return stamps.get(id(root))
+
+
+def _has_submodule(root: torch.nn.Module, name: str) -> bool:
+    try:
+        root.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _layout(
@@ -142,10 +180,18 @@ def _layout(
         ids_grid = stamp.ids_grid
         if ids_grid is not None and declared is None:
             declared = DeclaredLayout(ids_grid)
-        elif ids_grid is not None and declared is not None and declared.grid != ids_grid:
+        elif ids_grid is not None and declared and not same_grid(ids_grid, declared.grid):
             return Refusal(
                 Reason.LAYOUT_MISMATCH,
                 f"declared is the grid {times(declared.grid)}, position ids show {times(ids_grid)}",
+            )
+    elif declared is not None and isinstance(flow.layout(site), Refusal):
+        ids = position_ids_outside()
+        if ids is not None:
+            return Refusal(
+                Reason.LAYOUT_UNKNOWN,
+                f"a grid is declared, but {ids} outside this graph decides on the grid at every "
+                "call: use gna_compile.prepare(model, policy)",
             )
     return resolve(site, flow, declared, declaring.global_tokens)
 

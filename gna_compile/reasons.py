@@ -45,6 +45,10 @@ class Reason(str, Enum):
         "how the tokens lie on a grid is not visible in the graph and the policy does not say",
     )
     LAYOUT_MISMATCH = "layout-mismatch", "the declared layout does not fit the tokens"
+    SHARED = (
+        "shared-subgraph",
+        "several layers share the subgraph, and the policy does not treat them alike",
+    )
     UNBACKED = (
         "unbacked-size",
         "a size depends on data, so nothing can be decided about it when compiling",

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import gna_compile
 from gna_compile.backend import gna
+from gna_compile.graph.position_ids import grid_from_ids
 from gna_compile.options import OptionsError
 from gna_compile.stamps import stamp_of
 
@@ -479,3 +480,158 @@ def test_caches_tell_policies_and_layers_apart(tmp_path: Path) -> None:
     second, b = run('{"layers": "blocks.1", "window": 3}, {"dense": True}')
     assert (first, second) == (0, 0)
     assert a != b
+
+
+class SharedBlock(Block):
+    """Dynamo keeps one subgraph for all blocks of this class."""
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_shared_subgraph_is_rewritten_only_for_layers_that_are_alike(
+    prepared: bool, alike: bool
+) -> None:
+    model, x = Net(), image()
+    model.blocks = nn.ModuleList(SharedBlock() for _ in range(2))
+    rules: Any = policy({"window": 3}) if alike else policy({"layers": "blocks.0", "window": 3})
+    expected = run_masked(model, x) if alike else model(x)
+    if prepared:
+        gna_compile.prepare(model, rules)
+        rules = None
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, rules)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_declared_grid_is_not_trusted_where_position_ids_are_out_of_sight(regional: bool) -> None:
+    built = build("flux")
+    model: Any = built.model
+    options: Any = {"policy": policy(layout={"grid": [8, 10]}), "inner": "aot_eager"}
+    run = model
+    if regional:
+        model.compile_repeated_blocks(backend="gna", options=options)
+    else:
+
+        def broken(module: nn.Module, args: Any, output: Any) -> None:
+            torch._dynamo.graph_break()
+
+        model.pos_embed.register_forward_hook(broken)
+        run = torch.compile(model, backend="gna", options=options)
+    for grid in ((8, 10), (10, 8)):
+        inputs = flux_inputs(grid)
+        with torch.no_grad():
+            expected = main_output(build("flux").model(**inputs))
+            torch.testing.assert_close(main_output(run(**inputs)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_declared_grid_is_not_trusted_if_position_ids_show_none() -> None:
+    built = build("flux")
+    run = compiled(built.model, policy(layout={"grid": [8, 10]}))
+    inputs = flux_inputs((10, 8))
+    warm_up = {**inputs, "img_ids": torch.zeros_like(inputs["img_ids"])}
+    with torch.no_grad():
+        for case in (warm_up, inputs):
+            expected = main_output(built.model(**case))
+            torch.testing.assert_close(main_output(run(**case)), expected, rtol=1e-4, atol=1e-4)
+
+
+class Pipe(nn.Module):
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.transformer(**inputs)
+
+
+def test_position_ids_are_followed_inside_a_prepared_wrapper() -> None:
+    model: Any = build("flux").model
+    expected = {grid: flux_masked(model, flux_inputs(grid), grid) for grid in [(8, 10), (10, 8)]}
+    pipe = gna_compile.prepare(Pipe(model), policy())
+    model.compile_repeated_blocks(backend="gna", options={"inner": "aot_eager"})
+    for grid, wanted in expected.items():
+        with torch.no_grad():
+            actual = main_output(pipe(**flux_inputs(grid)))
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_leading_axis_of_length_one_is_no_contradiction(prepared: bool) -> None:
+    model: Any = build("flux").model
+    rules = policy({"window": ["full", 3, 3]}, layout={"grid": [1, 8, 10]})
+    inputs = flux_inputs((8, 10))
+    expected = flux_masked(model, inputs, (8, 10))
+    if prepared:
+        gna_compile.prepare(model, rules)
+    with torch.no_grad():
+        actual = main_output(compiled(model, None if prepared else rules)(**inputs))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_new_ids_are_read_once_whether_they_fit_or_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from gna_compile import packed
+
+    run = compiled(build("flux").model, policy())
+    other = flux_inputs((10, 8))
+    reads = 0
+
+    def counting(ids: Tensor) -> Any:
+        nonlocal reads
+        reads += 1
+        return grid_from_ids(ids)
+
+    with caplog.at_level(logging.WARNING, "gna_compile"):
+        run(**flux_inputs((8, 10)))
+        monkeypatch.setattr(packed, "grid_from_ids", counting)
+        for _ in range(3):
+            run(**other)
+    assert reads == 1
+    assert caplog.text.count("running dense") == 1
+
+
+def test_a_module_of_two_names_needs_one_rule(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Net(), image()
+    model.get_submodule("blocks.1").attn = model.get_submodule("blocks.0.attn")
+    expected = model(x)
+    with caplog.at_level(logging.WARNING, "gna_compile"):
+        gna_compile.prepare(model, policy({"layers": "blocks.0", "window": 3}, {"dense": True}))
+    assert "blocks.0.attn and blocks.1.attn are one module" in caplog.text
+    torch.testing.assert_close(compiled(model, None)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class Trainer:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+@pytest.mark.parametrize("form", ["closure", "attribute"])
+def test_a_prepared_model_is_found_behind_a_function(form: str) -> None:
+    model, x = Net(), image()
+    expected = run_masked(model, x)
+    gna_compile.prepare(model, policy())
+    function = Trainer(model).step if form == "attribute" else lambda x: model(x)
+    torch.testing.assert_close(compiled(function, None)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_phase_of_another_policy_is_the_default() -> None:
+    phased, plain, x = Net(), Net(), image()
+    runs = compiled(phased, PHASED), compiled(plain, policy(phases=["steady"]))
+    for run in runs:
+        run(x)
+    with gna_compile.phase("warmup"):
+        torch.testing.assert_close(runs[0](x), phased(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(runs[1](x), run_masked(plain, x), rtol=1e-4, atol=1e-5)
+
+
+def test_explain_names_the_policy_error() -> None:
+    with pytest.raises(gna_compile.PolicyError, match=r"wan2\.1-720p"):
+        gna_compile.explain(Net(), image(), policy="wan2.1-720")

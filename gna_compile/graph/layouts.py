@@ -53,7 +53,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens: its size, and its grid if the graph shows one."""
+    """A run of tokens: its size, its grid if the graph shows one, and position ids indexed by it."""
 
     size: Size
     grid: tuple[Size, ...] | None = None
@@ -116,7 +116,7 @@ class TokenFlow:
             if (
                 isinstance(value, torch.Tensor)
                 and isinstance(shape, tuple)
-                and may_be_ids(node, value)
+                and may_be_ids(node.name, value)
             ):
                 self._values[node] = value
                 tokens = self._axes.find(shape[-2])
@@ -140,6 +140,17 @@ class TokenFlow:
         """
         try:
             return [(segment.size, segment.grid) for segment in self._segments(site)]
+        except _Unclear:
+            return []
+
+    def ids_without_grid(self, site: AnySite) -> list[tuple[Size, str]]:
+        """Size of each run of tokens whose position ids are no raster, and the ids' name."""
+        try:
+            return [
+                (segment.size, name_of(segment.ids))
+                for segment in self._segments(site)
+                if segment.grid is None and segment.ids is not None
+            ]
         except _Unclear:
             return []
 
@@ -254,7 +265,7 @@ class TokenFlow:
     def _shown_by_ids(self, dim: Dim) -> Segment:
         shown = [(grid, node) for node in dim.ids if (grid := self._grid_of(node)) is not None]
         if not shown:
-            return Segment(dim.size)
+            return Segment(dim.size, ids=dim.ids[0] if dim.ids else None)
         grid, node = shown[0]
         for other, rival in shown[1:]:
             if other != grid:
@@ -319,10 +330,15 @@ def resolve(
     if isinstance(placed, Refusal):
         return placed
     prefix, suffix = placed
+    for size, name in flow.ids_without_grid(site):
+        if holds(size == math.prod(grid)):
+            return Refusal(
+                Reason.LAYOUT_MISMATCH, f"declared is the grid {times(grid)}, {name} shows none"
+            )
     ids = None
     if isinstance(shown, Layout):
         theirs = (shown.grid, shown.prefix, shown.suffix)
-        if not _same_grid(shown.grid, grid) or not holds(shown.prefix == prefix):
+        if not same_grid(shown.grid, grid) or not holds(shown.prefix == prefix):
             return Refusal(
                 Reason.LAYOUT_MISMATCH,
                 f"declared is {_words(grid, prefix, suffix)}, "
@@ -390,8 +406,8 @@ def _miscounted(site: AnySite, grid: Sequence[Size], prefix: Size, suffix: Size)
     )
 
 
-def _same_grid(shown: Sequence[Size], declared: Sequence[int]) -> bool:
-    """Whether two grids are one but for leading axes of length 1."""
+def same_grid(shown: Sequence[Size], declared: Sequence[Size]) -> bool:
+    """Whether two grids are one but for leading axes of length 1; guards symbols to be equal."""
     ours, theirs = _without_units(shown), _without_units(declared)
     return len(ours) == len(theirs) and all(
         holds(one == other) for one, other in zip(ours, theirs, strict=True)

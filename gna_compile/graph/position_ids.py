@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 COLUMNS = (3, 4)  # t, h, w, and l (place in a sequence) in newer models
 
 
-def may_be_ids(node: fx.Node, value: torch.Tensor) -> bool:
-    """Whether a graph input may hold position ids: by its name and its shape [.., tokens, 3 or 4]."""
-    return "ids" in node.name and value.ndim in (2, 3) and value.shape[-1] in COLUMNS
+def may_be_ids(name: str, value: torch.Tensor) -> bool:
+    """Whether a tensor may hold position ids: by its name and its shape [.., tokens, 3 or 4]."""
+    return "ids" in name and value.ndim in (2, 3) and value.shape[-1] in COLUMNS
 
 
 def name_of(node: fx.Node) -> str:

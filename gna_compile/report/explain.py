@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gna_compile.backend import compile_graph
 from gna_compile.graph.diff import unified_diff
 from gna_compile.options import Options
-from gna_compile.policy import Policy
+from gna_compile.policy import Policy, load_policy
 from gna_compile.report.collect import GraphRecord, collecting, summary
 from gna_compile.report.rows import Row
 
@@ -48,7 +49,7 @@ class Explanation:
         console.print(self.table())
         console.print(summary(self.rows) if self.rows else "no attention sites found")
         for reason in reasons_in_words(self.rows):
-            console.print(f"  {reason}", highlight=False)
+            console.print(f"  {reason}", highlight=False, markup=False)
 
 
 def explain(
@@ -94,6 +95,7 @@ def graph_diff(
 def _records(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], policy: PolicyLike
 ) -> list[GraphRecord]:
+    policy = None if policy is None else load_policy(policy)
     options = Options(policy=policy, inner="eager")
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -131,7 +133,7 @@ def table_of(rows: Sequence[Row]) -> Table:
         for row in rows:
             if row.phase == phase:
                 table.add_row(
-                    row.layer or "?",
+                    escape(row.layer) or "?",
                     f"{row.heads} x {row.tokens} x {row.head_dim}",
                     f"{row.layout}\n[dim]{row.layout_source}[/dim]" if row.layout else "-",
                     _becomes(row),
