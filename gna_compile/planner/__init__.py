@@ -9,6 +9,7 @@ Plain Python on ints; importing this needs no torch.
 
 from gna_compile.planner.costs import ARCHITECTURES, Architecture
 from gna_compile.planner.counts import Box, Counts, Tally, Tiling
+from gna_compile.planner.hints import better_stride
 from gna_compile.planner.search import Plan, PlanError, Workload, plan, plan_with
 from gna_compile.planner.speedup import Speedups, dense_plan, end_to_end, speedups
 
@@ -23,6 +24,7 @@ __all__ = [
     "Tally",
     "Tiling",
     "Workload",
+    "better_stride",
     "dense_plan",
     "end_to_end",
     "plan",
