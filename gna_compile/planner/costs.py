@@ -94,4 +94,3 @@ ARCHITECTURES = {
     )
 }
 """By name. sm90 was measured on an H200; sm100 rests on published B200 times."""
-

@@ -244,9 +244,7 @@ def grid_counts(
             grid_visited + tiles * visited, math.prod(axis.most for axis in axes) + visited
         ),
         interior=Tally(grid_interior + tiles * interior, most_interior + interior),
-        boundary=Tally(
-            grid_visited - grid_interior + tiles * boundary, most_boundary + boundary
-        ),
+        boundary=Tally(grid_visited - grid_interior + tiles * boundary, most_boundary + boundary),
     )
 
 
@@ -282,9 +280,7 @@ def global_counts(
     if tiles == 0:
         visited = interior = 0
     boundary = visited - interior
-    return Counts(
-        tiles, *(Tally(tiles * count, count) for count in (visited, interior, boundary))
-    )
+    return Counts(tiles, *(Tally(tiles * count, count) for count in (visited, interior, boundary)))
 
 
 def global_key_tiles(neighborhood: Neighborhood, extent: int) -> tuple[int, int]:

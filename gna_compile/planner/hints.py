@@ -26,12 +26,12 @@ def better_stride(
     axes = workload.neighborhood.axes
     largest = max(tile for tile, _ in architecture_of(architecture).tiles)
     candidates = [
-        (abs(stride - axis.stride), index, stride)
+        (abs(stride - axis.stride), -stride, index)
         for index, axis in enumerate(axes)
         for stride in _near(axis, largest)
     ]
-    for _, index, stride in sorted(candidates):
-        changed = (*axes[:index], replace(axes[index], stride=stride), *axes[index + 1 :])
+    for _, negative, index in sorted(candidates):
+        changed = (*axes[:index], replace(axes[index], stride=-negative), *axes[index + 1 :])
         if not _block_sparse(changed, architecture, tiling):
             continue
         neighborhood = replace(workload.neighborhood, axes=changed)

@@ -40,7 +40,8 @@ def speedups(cut: Plan) -> Speedups:
     neighborhood = cut.workload.neighborhood
     dense = dense_plan(cut.workload, cut.architecture)
     dense_tiles = global_key_tiles(neighborhood, cut.key_tile)[0] + math.prod(
-        -(-axis.length // extent) for axis, extent in zip(neighborhood.axes, cut.key_box, strict=True)
+        -(-axis.length // extent)
+        for axis, extent in zip(neighborhood.axes, cut.key_box, strict=True)
     )
     return Speedups(
         flop_bound=neighborhood.tokens**2 / neighborhood.pairs,
