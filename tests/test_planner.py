@@ -30,6 +30,7 @@ from gna_compile.planner import (
     end_to_end,
     plan,
     plan_with,
+    search,
     speedups,
 )
 from gna_compile.planner.search import boxes
@@ -281,12 +282,22 @@ def test_perfect_cases_reach_their_bound(name: str) -> None:
     assert cut.workload == case.workload
 
 
-@given(problems(), st.sampled_from(TILINGS), st.sampled_from(sorted(ARCHITECTURES)), st.integers(1, 99))
-@settings(max_examples=25)
+@given(
+    problems(),
+    st.sampled_from(TILINGS),
+    st.sampled_from(sorted(ARCHITECTURES)),
+    st.integers(1, 99),
+    st.booleans(),
+)
+@settings(max_examples=40)
 def test_no_other_boxes_are_faster(
-    problem: tuple[Neighborhood, Any, Any], tiling: Tiling, architecture: str, heads: int
+    problem: tuple[Neighborhood, Any, Any],
+    tiling: Tiling,
+    architecture: str,
+    heads: int,
+    key_mask: bool,
 ) -> None:
-    workload = Workload(problem[0], heads, 64)
+    workload = Workload(problem[0], heads, 64, key_mask=key_mask)
     best = plan(workload, architecture, tiling)
     rank = len(problem[0].axes)
     for query, key in ARCHITECTURES[architecture].tiles:
@@ -302,6 +313,9 @@ def test_no_other_boxes_are_faster(
                 assert best.milliseconds <= other.milliseconds * (1 + 1e-12)
     again = plan_with(workload, best.query_box, best.key_box, architecture, tiling)
     assert again == best
+    table = ARCHITECTURES[architecture]
+    searched = search._cheapest(workload, table, *table.tiles[0], tiling)
+    assert searched == (best.milliseconds, best.query_box, best.key_box)
 
 
 def test_a_plan_is_frozen_and_cached() -> None:
