@@ -143,7 +143,9 @@ def doctor() -> None:
     from gna_compile.providers import PROVIDERS
 
     supported = (2, 11) <= tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
-    console.print(f"torch {torch.__version__}" + ("" if supported else " (supported: 2.11 to 2.13)"))
+    console.print(
+        f"torch {torch.__version__}" + ("" if supported else " (supported: 2.11 to 2.13)")
+    )
     listed = "gna" in torch._dynamo.list_backends()
     console.print(f"backend 'gna' registered: {'yes' if listed else 'no, reinstall gna-compile'}")
     if torch.cuda.is_available():

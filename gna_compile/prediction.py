@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gna_compile.planner import ARCHITECTURES, Workload, plan, speedups
+from gna_compile.planner import ARCHITECTURES, Workload, better_stride, plan, speedups
 from gna_compile.providers import boxes
 from gna_compile.providers.problem import Problem
 
@@ -22,6 +22,16 @@ def predicted_speedup(problem: Problem, provider: str) -> float | None:
         group = problem.heads // problem.kv_heads
         return boxes.predicted_speedup(problem.neighborhood, group)
     return None
+
+
+def stride_hint(problem: Problem, provider: str) -> str:
+    """The nearest stride with which `provider` would need no mask, in words; "" if there is none."""
+    if provider not in ARCHITECTURES:
+        return ""
+    stride = better_stride(workload_of(problem), provider)
+    if stride is None:
+        return ""
+    return f"hint: with stride {'x'.join(map(str, stride))} no key tile would need a mask"
 
 
 def workload_of(problem: Problem) -> Workload:

@@ -86,7 +86,10 @@ def enumerate_grid(
     neighborhood: Neighborhood, query_box: tuple[int, ...], key_box: tuple[int, ...], tiling: str
 ) -> list[tuple[int, int]]:
     """(visited, interior) key tiles on the grid, of each query tile on it."""
-    columns = [[getattr(axis, n) for axis in neighborhood.axes] for n in ("length", "window", "stride", "dilation", "causal")]
+    columns = [
+        [getattr(axis, n) for axis in neighborhood.axes]
+        for n in ("length", "window", "stride", "dilation", "causal")
+    ]
     see = oracle.mask(*columns).numpy()  # type: ignore[arg-type]
     dilations = [axis.dilation for axis in neighborhood.axes]
     lengths = [
@@ -96,8 +99,8 @@ def enumerate_grid(
     for queries in query_tiles(neighborhood, query_box):
         any_sees, all_see = see[queries].any(axis=0), see[queries].all(axis=0)
         keys = np.array(np.unravel_index(np.flatnonzero(any_sees), neighborhood.grid)).T
-        groups, places = keys % dilations, keys // dilations
-        assert (groups == groups[0]).all()
+        groups, places = np.mod(keys, dilations), np.floor_divide(keys, dilations)
+        assert {tuple(group) for group in groups} == {tuple(groups[0])}
         origin = places.min(axis=0) if tiling == "dynamic" else np.zeros_like(places[0])
         visited = {tuple(tile) for tile in (places - origin) // key_box}
         interior = 0
@@ -107,8 +110,12 @@ def enumerate_grid(
                 for o, t, extent in zip(origin, tile, key_box, strict=True)
             ]
             interior += all(
-                all(p < lengths[a][g] for a, (p, g) in enumerate(zip(place, groups[0], strict=True)))
-                and all_see[np.ravel_multi_index(np.array(place) * dilations + groups[0], neighborhood.grid)]
+                all(
+                    p < lengths[a][g] for a, (p, g) in enumerate(zip(place, groups[0], strict=True))
+                )
+                and all_see[
+                    np.ravel_multi_index(np.array(place) * dilations + groups[0], neighborhood.grid)
+                ]
                 for place in itertools.product(*spans)
             )
         result.append((len(visited), interior))
@@ -126,7 +133,11 @@ def check(found: Counts, rows: list[tuple[int, int]]) -> None:
     visited, interior = [v for v, _ in rows], [i for _, i in rows]
     boundary = [v - i for v, i in rows]
     assert found.query_tiles == len(rows)
-    for tally, values in ((found.visited, visited), (found.interior, interior), (found.boundary, boundary)):
+    for tally, values in (
+        (found.visited, visited),
+        (found.interior, interior),
+        (found.boundary, boundary),
+    ):
         assert (tally.sum, tally.max) == (sum(values), max(values, default=0))
     assert found.mean_visited == (sum(visited) / len(rows) if rows else 0)
 
@@ -215,7 +226,9 @@ def test_a_long_axis_is_little_work(axis: Axis, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("query", "key", "stride"), [(4, 8, 6), (8, 4, 5), (1, 16, 7), (16, 16, 1)])
+@pytest.mark.parametrize(
+    ("query", "key", "stride"), [(4, 8, 6), (8, 4, 5), (1, 16, 7), (16, 16, 1)]
+)
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_a_long_axis_repeats_a_short_one(
     query: int, key: int, stride: int, causal: bool, tiling: Tiling
@@ -223,12 +236,16 @@ def test_a_long_axis_repeats_a_short_one(
     """Lengths that differ by a common period differ by the same counts, enumerated."""
     period = math.lcm(query, key, stride)
     rows = [
-        enumerate_grid(Neighborhood((Axis(90 + n * period, 37, stride, 1, causal),)), (query,), (key,), tiling)
+        enumerate_grid(
+            Neighborhood((Axis(90 + n * period, 37, stride, 1, causal),)), (query,), (key,), tiling
+        )
         for n in (1, 2)
     ]
     (v1, i1), (v2, i2) = ((sum(v for v, _ in r), sum(i for _, i in r)) for r in rows)
     periods = 10**9 // period
-    found = counts.axis_counts(Axis(90 + periods * period, 37, stride, 1, causal), query, key, tiling)
+    found = counts.axis_counts(
+        Axis(90 + periods * period, 37, stride, 1, causal), query, key, tiling
+    )
     assert found.visited == v1 + (periods - 1) * (v2 - v1)
     assert found.interior == i1 + (periods - 1) * (i2 - i1)
 
@@ -275,7 +292,9 @@ def test_perfect_cases_reach_their_bound(name: str) -> None:
     case, cut = CASES[name], plan(CASES[name].workload, "sm90")
     found = speedups(cut)
     assert found.predicted <= found.mean_tile * (1 + 1e-12) <= found.flop_bound * (1 + 2e-12)
-    perfect = name.endswith("-gna") or name in ("hunyuan-58", "1d-32k", "dilated") or "dense" in name
+    perfect = (
+        name.endswith("-gna") or name in ("hunyuan-58", "1d-32k", "dilated") or "dense" in name
+    )
     assert cut.is_block_sparse == (perfect or name.endswith("-text"))
     if perfect and name != "wan720p-gna":  # whose 21 frames no box divides
         assert found.mean_tile == pytest.approx(found.flop_bound)
@@ -337,12 +356,21 @@ def test_planning_needs_no_torch() -> None:
     ("call", "message"),
     [
         (lambda w: plan(w, "sm75"), "'sm75'; there are sm90, sm100"),
-        (lambda w: plan_with(w, (4, 4), (4, 4, 4)), r"query box \(4, 4\) has 2 extents for a grid of 3"),
-        (lambda w: plan_with(w, (4, 4, 8), (4, 0, 4)), "axis 1: key box extent 0 must be at least 1"),
+        (
+            lambda w: plan_with(w, (4, 4), (4, 4, 4)),
+            r"query box \(4, 4\) has 2 extents for a grid of 3",
+        ),
+        (
+            lambda w: plan_with(w, (4, 4, 8), (4, 0, 4)),
+            "axis 1: key box extent 0 must be at least 1",
+        ),
         (lambda w: replace(w, heads=0), "heads 0 must be at least 1"),
         (lambda w: replace(w, head_dim=-1), "head_dim -1 must be at least 1"),
         (lambda w: Neighborhood.of((8, 8), (9, 1)), r"axis 0 of grid \(8, 8\): window 9"),
-        (lambda w: Neighborhood.of((8, 8), (4, 4), (4, 5)), "axis 1 .* stride 5 must lie between 1"),
+        (
+            lambda w: Neighborhood.of((8, 8), (4, 4), (4, 5)),
+            "axis 1 .* stride 5 must lie between 1",
+        ),
         (lambda w: end_to_end(2, 1.5), "attention_share 1.5"),
         (lambda w: end_to_end(0, 0.5), "speedup 0 must be above 0"),
         (lambda w: end_to_end(2, 0.5, 3, 2), "dense_steps 3 must lie between 0 and steps 2"),
@@ -370,7 +398,9 @@ def test_bad_input(call: Any, message: str) -> None:
         ("flux4k-gna", "sm100", 43.3),
     ],
 )
-def test_dense_time_is_near_what_was_measured(name: str, architecture: str, measured: float) -> None:
+def test_dense_time_is_near_what_was_measured(
+    name: str, architecture: str, measured: float
+) -> None:
     found = dense_plan(CASES[name].workload, architecture).milliseconds
     assert found == pytest.approx(measured, rel=0.1)
 
@@ -403,7 +433,9 @@ def test_one_long_global_tile_bounds_a_small_problem() -> None:
     text = plan(Workload(replace(grid, prefix=8)), "sm90")
     assert text.globals.visited.max == 513
     assert text.milliseconds > 5 * alone
-    assert text.milliseconds >= 513 * ARCHITECTURES["sm90"].launch(128, 128, 1, 128, 2).tile / 1.755e6
+    assert (
+        text.milliseconds >= 513 * ARCHITECTURES["sm90"].launch(128, 128, 1, 128, 2).tile / 1.755e6
+    )
 
 
 # The tables of Generalized Neighborhood Attention (arXiv 2504.16922). The shares are printed to three
@@ -440,7 +472,7 @@ ROWS = [
 ]
 
 # What comes out instead; docs/planner.md lists them too.
-NOT_REPRODUCED = {
+NOT_REPRODUCED: dict[tuple[str, tuple[int, ...], tuple[int, ...]], float] = {
     ("cosmos", (16, 32, 48), (1, 1, 1)): 1.33,
     ("cosmos", (16, 32, 48), (1, 8, 1)): 1.40,
     ("hunyuan", (30, 40, 40), (1, 1, 1)): 1.22,
@@ -472,7 +504,11 @@ def test_the_papers_simulator_columns(
     else:
         low, high = low * (transformer - 0.0005), high * (transformer + 0.0005)
         share = attention * transformer
-    bounds = [(low, high), shares_for(speedup, alone, 0, 1), shares_for(speedup, with_dense, dense, steps)]
+    bounds = [
+        (low, high),
+        shares_for(speedup, alone, 0, 1),
+        shares_for(speedup, with_dense, dense, steps),
+    ]
     reproduced = max(b[0] for b in bounds) <= min(b[1] for b in bounds)
     other = NOT_REPRODUCED.get((model, window, stride))
     assert reproduced == (other is None)

@@ -1,7 +1,5 @@
 """How much faster than dense attention: four figures of one plan, and of a whole run.
 
-From the loosest to the tightest bound on what a kernel can reach:
-
 - *FLOP bound*: pairs of dense attention over pairs that the mask needs.
 - *mean-tile bound*: pairs of dense attention over pairs of all visited tiles.
 - *simulator*: key tiles of dense attention over the largest number that one query tile of the grid

@@ -100,6 +100,7 @@ def cut_grid(neighborhood: Neighborhood, mask_rows: int = 1) -> tuple[tuple[Axis
     return tuple(cut.tiles for cut in best)
 
 
+@lru_cache(maxsize=256)
 def predicted_speedup(neighborhood: Neighborhood, mask_rows: int = 1) -> float:
     """Dense attention's cost over that of the cheapest cut, in the units of the costs above.
 

@@ -44,7 +44,7 @@ class Model:
     """
 
     grid: tuple[int, ...]
-    heads: int
+    heads: int = 24
     head_dim: int = 128
     prefix: int = 0
     suffix: int = 0

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from gna_compile.geometry import GeometryError, Neighborhood
 from gna_compile.planner import Plan, PlanError, Tiling, Workload, plan, plan_with
@@ -80,7 +81,8 @@ def simulate(
             entries = [replace(entry, dense_steps=(dense, steps)) for entry in entries]
         for entry in entries:
             if entry.workload is None:
-                errors.print(f"{entry.name}: {entry.problem}", highlight=False, soft_wrap=True)
+                text = escape(f"{entry.name}: {entry.problem}")
+                errors.print(text, highlight=False, soft_wrap=True)
         problems = [(entry, entry.workload) for entry in entries if entry.workload is not None]
         if not problems:
             raise typer.Exit(1)
@@ -104,7 +106,7 @@ def simulate(
                 place = _numbers("--query", query, least=0) if query else None
                 draw(plans[0][1], plot, place)
     except (SimulateError, PlanError, GeometryError, PolicyError) as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

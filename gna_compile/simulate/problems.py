@@ -59,7 +59,7 @@ def named(target: str, given: dict[str, Any]) -> list[Entry]:
     known = MODELS.get(target)
     if known is None and policy.layout is not None:
         layout = policy.layout
-        known = Model(layout.grid, 24, prefix=layout.prefix or 0, suffix=layout.suffix or 0)
+        known = Model(layout.grid, prefix=layout.prefix or 0, suffix=layout.suffix or 0)
     if known is None and "grid" not in given:
         raise SimulateError(f"{target} says no grid: give it one with --grid, like 30,48,80")
     return _from_policy(policy, replace(known, **given) if known else Model(**given))

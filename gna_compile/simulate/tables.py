@@ -42,7 +42,7 @@ def plans_table(entries: Sequence[tuple[Entry, Plan]]) -> Table:
 
 def cpu_table(entries: Iterable[tuple[Entry, Neighborhood, float]]) -> Table:
     """One row an entry: the CPU's predicted speedup against the FLOP bound."""
-    table = _table("", "grid", "window / stride", "FLOP bound", "predicted")
+    table = _table("cpu", "grid", "window / stride", "FLOP bound", "predicted")
     for entry, neighborhood, predicted in entries:
         bound = neighborhood.tokens**2 / neighborhood.pairs
         table.add_row(entry.name, *_geometry(neighborhood), _speedup(bound), _speedup(predicted))
