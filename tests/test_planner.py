@@ -97,7 +97,8 @@ def enumerate_grid(
     ]
     result = []
     for queries in query_tiles(neighborhood, query_box):
-        any_sees, all_see = see[queries].any(axis=0), see[queries].all(axis=0)
+        seen = see[queries].sum(axis=0)
+        any_sees, all_see = seen > 0, seen == len(queries)
         keys = np.array(np.unravel_index(np.flatnonzero(any_sees), neighborhood.grid)).T
         groups, places = np.mod(keys, dilations), np.floor_divide(keys, dilations)
         assert {tuple(group) for group in groups} == {tuple(groups[0])}
