@@ -102,7 +102,7 @@ def test_all_parameters() -> None:
     neighborhood = Neighborhood.of((64, 60), (8, 6), (4, 1), (2, 3), (False, True), 7, 9)
     cut = plan(Workload(neighborhood, 3, 64), "sm90")
     assert row[1:3] == ["7 + 64x60 + 9", "8x6 / 4x1 dilation 2x3 causal no yes"]
-    assert row[5] == f"{cut.grid.mean_visited:.1f} ({cut.grid.visited.max})"
+    assert row[5] == f"{cut.grid.visited.mean:.1f} ({cut.grid.visited.max})"
     assert row[10] == f"{speedups(cut).predicted:.2f}x"
 
 
@@ -151,6 +151,7 @@ def test_a_policy_file(tmp_path: Path) -> None:
             "axis 1 of grid (8, 8): stride 4 must lie between",
         ),
         ("--grid 8,8 --window 3", "window has 1 entries for a grid of 2 axes (8, 8)"),
+        ("--grid 8 --window 3 --causal 2", "--causal '2' must be 0 or 1 for each axis"),
         ("--grid 8 --window 3 --arch sm75", "'sm75'; there are sm90, sm100"),
         ("--grid 8 --window 3 --tiling odd", "--tiling 'odd' must be dynamic or static"),
         ("--grid 8 --window 3 --query-box 8", "--query-box and --key-box go together"),
@@ -163,6 +164,9 @@ def test_a_policy_file(tmp_path: Path) -> None:
         ("--grid 600,600 --window 3,3 --flat 128,128", "enumerated up to 262144 only"),
         ("hunyuan-gna --window 3,3,3", "hunyuan-gna has its own window: leave them out"),
         ("hunyuan-gna --heads 3", "hunyuan-gna is a fixed case: leave out heads"),
+        ("--grid 64,64 --search --window 3,3", "--search chooses window itself: leave out"),
+        ("--grid 64,64 --search --flat 128,128", "--search has no use for --flat: leave out"),
+        ("hunyuan-gna --arch cpu --plot x.png", "--arch cpu has no use for --plot: leave out"),
         ("--grid 64,64 --search --sparsity 2", "--sparsity 2 must lie between 0 and 1"),
         (
             "--grid 8,8 --window 3,3 --plot x.png --query 8,0",

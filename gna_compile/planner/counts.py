@@ -184,10 +184,16 @@ def _count(span: _Span, extent: int, tiling: Tiling) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Tally:
-    """A count of key tiles, over query tiles: its sum and its largest value."""
+    """A count of key tiles, over query tiles: its sum, its largest value, its mean."""
 
     sum: int
     max: int
+    query_tiles: int
+
+    @property
+    def mean(self) -> float:
+        """0 if there are no query tiles."""
+        return self.sum / self.query_tiles if self.query_tiles else 0.0
 
 
 @dataclass(frozen=True)
@@ -199,9 +205,10 @@ class Counts:
     interior: Tally
     boundary: Tally
 
-    @property
-    def mean_visited(self) -> float:
-        return self.visited.sum / self.query_tiles if self.query_tiles else 0.0
+    @classmethod
+    def of(cls, query_tiles: int, *tallies: tuple[int, int]) -> Counts:
+        """From the sum and the largest value of visited, interior and boundary tiles."""
+        return cls(query_tiles, *(Tally(*tally, query_tiles) for tally in tallies))
 
 
 def grid_counts(
@@ -238,13 +245,11 @@ def grid_counts(
     most_boundary = max(v - i for v, i in _products([axis.extremes for axis in axes]))
     grid_visited = math.prod(axis.visited for axis in axes)
     grid_interior = math.prod(axis.interior for axis in axes)
-    return Counts(
-        query_tiles=tiles,
-        visited=Tally(
-            grid_visited + tiles * visited, math.prod(axis.most for axis in axes) + visited
-        ),
-        interior=Tally(grid_interior + tiles * interior, most_interior + interior),
-        boundary=Tally(grid_visited - grid_interior + tiles * boundary, most_boundary + boundary),
+    return Counts.of(
+        tiles,
+        (grid_visited + tiles * visited, math.prod(axis.most for axis in axes) + visited),
+        (grid_interior + tiles * interior, most_interior + interior),
+        (grid_visited - grid_interior + tiles * boundary, most_boundary + boundary),
     )
 
 
@@ -280,7 +285,7 @@ def global_counts(
     if tiles == 0:
         visited = interior = 0
     boundary = visited - interior
-    return Counts(tiles, *(Tally(tiles * count, count) for count in (visited, interior, boundary)))
+    return Counts.of(tiles, *((tiles * count, count) for count in (visited, interior, boundary)))
 
 
 def global_key_tiles(neighborhood: Neighborhood, extent: int) -> tuple[int, int]:

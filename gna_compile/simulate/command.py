@@ -63,11 +63,15 @@ def simulate(
         if grid:
             given["grid"] = _numbers("--grid", grid)
         sizes = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
-        parameters = {
+        parameters: dict[str, tuple[int, ...]] = {
             name: _numbers(f"--{name}", text, least=0 if name == "causal" else 1)
             for name, text in sizes.items()
             if text
         }
+        if "causal" in parameters:
+            if max(parameters["causal"]) > 1:
+                raise SimulateError(f"--causal {causal!r} must be 0 or 1 for each axis")
+            parameters["causal"] = tuple(map(bool, parameters["causal"]))
         if target:
             if parameters:
                 raise SimulateError(f"{target} has its own {', '.join(parameters)}: leave them out")
@@ -86,15 +90,20 @@ def simulate(
         problems = [(entry, entry.workload) for entry in entries if entry.workload is not None]
         if not problems:
             raise typer.Exit(1)
+        boxes = [
+            _numbers(name, text) if text else None
+            for name, text in (("--query-box", query_box), ("--key-box", key_box))
+        ]
+        tiles = {"--flat": flat, "--plot": plot, "--query-box": query_box, "--key-box": key_box}
+        unused = [name for name, value in tiles.items() if value]
+        if (search or arch == "cpu") and unused:
+            mode = "--search" if search else "--arch cpu"
+            raise SimulateError(f"{mode} has no use for {', '.join(unused)}: leave out")
         if search:
             _search(console, problems[0][1], arch, sparsity)
         elif arch == "cpu":
             _on_cpu(console, problems)
         else:
-            boxes = [
-                _numbers(name, text) if text else None
-                for name, text in (("--query-box", query_box), ("--key-box", key_box))
-            ]
             plans = [(entry, _plan(work, arch, tiling, boxes)) for entry, work in problems]
             console.print(tables.plans_table(plans))
             if flat:
@@ -115,6 +124,8 @@ def _given(model: dict[str, Any], parameters: dict[str, Any], search: bool) -> E
         raise SimulateError(
             "nothing to simulate: give a case, a policy, or --grid with --window or --search"
         )
+    if search and parameters:
+        raise SimulateError(f"--search chooses {', '.join(parameters)} itself: leave out")
     grid = model["grid"]
     neighborhood = Neighborhood.of(
         grid,

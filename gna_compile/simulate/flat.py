@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gna_compile.geometry import Axis, GeometryError, Neighborhood
-from gna_compile.planner import Counts, Tally, Tiling
+from gna_compile.planner import Counts, Tiling
 
 MAX_TOKENS = 1 << 18
 """The largest grid that is enumerated."""
@@ -44,9 +44,8 @@ def flat_counts(
     ]
     visited, interior = zip(*rows, strict=True)
     boundary = [v - i for v, i in rows]
-    return Counts(
-        len(rows), *(Tally(sum(count), max(count)) for count in (visited, interior, boundary))
-    )
+    tallies = ((sum(count), max(count)) for count in (visited, interior, boundary))
+    return Counts.of(len(rows), *tallies)
 
 
 def _row(

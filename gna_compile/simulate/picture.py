@@ -95,7 +95,8 @@ def _draw_tiles(panel: Any, cut: Plan, query: tuple[int, ...]) -> None:
     panel.plot(query[-1] // axes[-1].dilation, row // row_axis.dilation, "k*")
     panel.set_xlim(-0.5, axes[-1].group(query[-1] % axes[-1].dilation).length - 0.5)
     panel.set_ylim(row_axis.group(row % row_axis.dilation).length - 0.5, -0.5)
-    panel.set_aspect("auto")
+    if len(axes) == 1:
+        panel.set_yticks([])
     panel.set_title(
         f"query {query}: window (outline), key tiles that need\n"
         "no mask (blue) and a mask (orange), in the query's dilation group"
@@ -110,18 +111,20 @@ def _seen(axis: Axis, query: int) -> range:
 
 def _draw_speedups(panel: Any, cut: Plan) -> None:
     axes = cut.workload.neighborhood.axes
-    strides = {"stride 1": [1] * len(axes), "the plan's stride": [a.stride for a in axes]}
-    for name, stride in strides.items():
+    for stride in dict.fromkeys([(1,) * len(axes), tuple(axis.stride for axis in axes)]):
         points = [_scaled(cut, share, stride) for share in _SHARES]
-        panel.plot(*zip(*points, strict=True), "o-", label=f"predicted, {name}")
-    bounds = [_scaled(cut, share, [1] * len(axes), bound=True) for share in _SHARES]
+        label = f"predicted, stride {'x'.join(map(str, stride))}"
+        panel.plot(*zip(*points, strict=True), "o-", label=label)
+    bounds = [_scaled(cut, share, (1,) * len(axes), bound=True) for share in _SHARES]
     panel.plot(*zip(*bounds, strict=True), "k--", label="FLOP bound")
     panel.set(xlabel="window, share of each axis", ylabel="speedup", yscale="log")
     panel.set_title(f"speedup over dense attention, {cut.architecture}")
     panel.legend()
 
 
-def _scaled(cut: Plan, eighths: int, stride: list[int], bound: bool = False) -> tuple[float, float]:
+def _scaled(
+    cut: Plan, eighths: int, stride: tuple[int, ...], bound: bool = False
+) -> tuple[float, float]:
     workload: Workload = cut.workload
     axes = []
     for axis, step in zip(workload.neighborhood.axes, stride, strict=True):

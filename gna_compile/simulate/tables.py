@@ -31,7 +31,7 @@ def plans_table(entries: Sequence[tuple[Entry, Plan]]) -> Table:
             *_geometry(cut.workload.neighborhood),
             times(cut.query_box),
             times(cut.key_box),
-            f"{cut.grid.mean_visited:.1f} ({cut.grid.visited.max})",
+            f"{cut.grid.visited.mean:.1f} ({cut.grid.visited.max})",
             f"{cut.boundary / cut.visited:.0%}",
             *map(_speedup, (found.flop_bound, found.mean_tile, found.simulator, found.predicted)),
             f"{cut.milliseconds:.2f} ({found.dense_milliseconds:.1f})",
@@ -59,7 +59,7 @@ def flat_table(entries: Sequence[tuple[Entry, Plan]], query_tile: int, key_tile:
         tokens = neighborhood.grid_tokens
         table.add_row(
             entry.name,
-            f"{counts.mean_visited:.1f} ({counts.visited.max})",
+            f"{counts.visited.mean:.1f} ({counts.visited.max})",
             f"{counts.boundary.sum / counts.visited.sum:.0%}",
             _speedup(tokens**2 / (counts.visited.sum * query_tile * key_tile)),
             _speedup(-(-tokens // key_tile) / counts.visited.max),
