@@ -28,26 +28,44 @@ TILINGS: tuple[Tiling, ...] = ("dynamic", "static")
 
 
 def run(*args: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["simulate", *args], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app, ["simulate", *args], env={"COLUMNS": "80", "NO_COLOR": "1"})
     assert result.exit_code == code, result.output
     lines = [line.rstrip() for line in result.output.splitlines() if "╇" not in line]
     return "\n".join(lines).replace("│", "|").replace("┃", "|")
 
 
-def figures(*args: str) -> list[list[str]]:
-    """The cells of the rows of the first table."""
-    rows = [[cell.strip() for cell in line.split("|")] for line in run(*args).splitlines()[1:]]
-    return [row for row in rows if len(row) > 1]
+def figures(*args: str) -> dict[str, dict[str, str]]:
+    """The columns of the table by their names, each its cells by the names of the lines."""
+    lines = [[cell.strip() for cell in line.split("|")] for line in run(*args).splitlines()]
+    names, *rows = [line for line in lines if len(line) > 1]
+    columns = {name: {row[0]: row[at] for row in rows} for at, name in enumerate(names)}
+    del columns[names[0]]
+    return columns
 
 
 def test_a_case() -> None:
     assert_expected_inline(
         run("hunyuan-na", "--flat", "128,128"),
         """\
-            | grid     | window / stride  | query box | key box | visited (most) | masked | FLOP bound | mean tile | simulator | predicted |    ms (dense) | whole run
- hunyuan-na | 30x48x80 | 18x24x24 / 1x1x1 | 2x8x8     | 2x8x8   | 131.0 (160)    | 66%    |     11.11x |     6.87x |     5.62x |     6.53x | 39.60 (258.5) |         -
- flattened 128x128 | visited (most) | masked | mean tile | simulator
- hunyuan-na        | 279.0 (288)    | 100%   | 3.23x     | 3.12x""",
+ sm90               |  hunyuan-na
+ grid               |    30x48x80
+ window             |    18x24x24
+ stride             |       1x1x1
+ query box          |       2x8x8
+ key box            |       2x8x8
+ visited (most)     | 131.0 (160)
+ masked             |         66%
+ FLOP bound         |      11.11x
+ mean tile          |       6.87x
+ simulator          |       5.62x
+ predicted          |       6.53x
+ ms                 |       39.60
+ ms if dense        |      258.50
+ flattened 128, 128 |
+ - visited (most)   | 279.0 (288)
+ - masked           |        100%
+ - mean tile        |       3.23x
+ - simulator        |       3.12x""",
     )
 
 
@@ -58,8 +76,21 @@ def test_a_given_window_with_a_hint_and_a_whole_run() -> None:
             *("--attention-share", "0.607", "--dense-steps", "15/50", "--arch", "sm100"),
         ),
         """\
-       | grid     | window / stride  | query box | key box | visited (most) | masked | FLOP bound | mean tile | simulator | predicted |    ms (dense) | whole run
- given | 30x48x80 | 18x24x24 / 1x8x8 | 4x8x8     | 2x8x8   | 87.8 (99)      | 15%    |     11.11x |     9.62x |     9.09x |     9.37x | 14.45 (135.3) |     1.61x
+ sm100          |     given
+ grid           |  30x48x80
+ window         |  18x24x24
+ stride         |     1x8x8
+ query box      |     4x8x8
+ key box        |     2x8x8
+ visited (most) | 87.8 (99)
+ masked         |       15%
+ FLOP bound     |    11.11x
+ mean tile      |     9.62x
+ simulator      |     9.09x
+ predicted      |     9.37x
+ ms             |     14.45
+ ms if dense    |    135.34
+ whole run      |     1.61x
 hint: given: with stride 4x8x8 no key tile would need a mask""",
     )
 
@@ -68,12 +99,21 @@ def test_a_policy_by_rule() -> None:
     assert_expected_inline(
         run("cosmos-predict2-2b", "--grid", "8,44,80"),
         """\
-          | grid    | window / stride                | query box | key box | visited (most) | masked | FLOP bound | mean tile | simulator | predicted |  ms (dense) | whole run
- rules[0] | 8x44x80 | 8x4x16 / 1x1x1 dilation 1x11x5 | 2x4x16    | 2x4x16  | 4.0 (4)        | 0%     |     55.00x |    55.00x |    55.00x |    49.28x | 0.21 (10.4) |         -
- rules[1] | 8x44x80 | 8x12x16 / 1x4x1 dilation 1x1x5 | 2x4x16    | 2x4x16  | 12.0 (12)      | 0%     |     18.33x |    18.33x |    18.33x |    17.67x | 0.59 (10.4) |         -
- rules[2] | 8x44x80 | 8x12x24 / 1x4x8                | 4x4x8     | 4x4x8   | 18.0 (18)      | 0%     |     12.22x |    12.22x |    12.22x |    11.93x | 0.87 (10.4) |         -
- rules[3] | 8x44x80 | 8x28x56 / 1x4x8                | 4x4x8     | 4x4x8   | 98.0 (98)      | 0%     |      2.24x |     2.24x |     2.24x |     2.24x | 4.65 (10.4) |         -
- rules[4] | 8x44x80 | 8x20x40 / 1x4x8                | 4x4x8     | 4x4x8   | 50.0 (50)      | 0%     |      4.40x |     4.40x |     4.40x |     4.37x | 2.39 (10.4) |         -""",
+ sm90           | rules[0] |  rules[1] |  rules[2] |  rules[3] |  rules[4]
+ grid           |  8x44x80 |   8x44x80 |   8x44x80 |   8x44x80 |   8x44x80
+ window         |   8x4x16 |   8x12x16 |   8x12x24 |   8x28x56 |   8x20x40
+ stride         |    1x1x1 |     1x4x1 |     1x4x8 |     1x4x8 |     1x4x8
+ dilation       |   1x11x5 |     1x1x5 |         - |         - |         -
+ query box      |   2x4x16 |    2x4x16 |     4x4x8 |     4x4x8 |     4x4x8
+ key box        |   2x4x16 |    2x4x16 |     4x4x8 |     4x4x8 |     4x4x8
+ visited (most) |  4.0 (4) | 12.0 (12) | 18.0 (18) | 98.0 (98) | 50.0 (50)
+ masked         |       0% |        0% |        0% |        0% |        0%
+ FLOP bound     |   55.00x |    18.33x |    12.22x |     2.24x |     4.40x
+ mean tile      |   55.00x |    18.33x |    12.22x |     2.24x |     4.40x
+ simulator      |   55.00x |    18.33x |    12.22x |     2.24x |     4.40x
+ predicted      |   49.28x |    17.67x |    11.93x |     2.24x |     4.37x
+ ms             |     0.21 |      0.59 |      0.87 |      4.65 |      2.39
+ ms if dense    |    10.42 |     10.42 |     10.42 |     10.42 |     10.42""",
     )
 
 
@@ -81,42 +121,48 @@ def test_the_cpu_by_its_own_costs() -> None:
     assert_expected_inline(
         run("--grid", "64,64", "--window", "16,16", "--stride", "4,4", "--arch", "cpu"),
         """\
- cpu   | grid  | window / stride | FLOP bound | predicted
- given | 64x64 | 16x16 / 4x4     | 16.00x     | 7.29x""",
+ cpu        |  given
+ grid       |  64x64
+ window     |  16x16
+ stride     |    4x4
+ FLOP bound | 16.00x
+ predicted  |  7.29x""",
     )
 
 
 def test_the_papers_boxes() -> None:
-    [[*_, simulator, _, _, _]] = figures(
+    found = figures(
         *("--grid", "30,48,80", "--window", "18,24,24", "--tiling", "static"),
         *("--query-box", "4,8,8", "--key-box", "2,8,8"),
     )
-    assert simulator == "3.27x"
+    assert found["given"]["simulator"] == "3.27x"
 
 
 def test_all_parameters() -> None:
-    [row] = figures(
+    found = figures(
         *("--grid", "64,60", "--window", "8,6", "--stride", "4,1", "--dilation", "2,3"),
         *("--causal", "0,1", "--prefix", "7", "--suffix", "9", "--heads", "3", "--head-dim", "64"),
-    )
+    )["given"]
     neighborhood = Neighborhood.of((64, 60), (8, 6), (4, 1), (2, 3), (False, True), 7, 9)
     cut = plan(Workload(neighborhood, 3, 64), "sm90")
-    assert row[1:3] == ["7 + 64x60 + 9", "8x6 / 4x1 dilation 2x3 causal no yes"]
-    assert row[5] == f"{cut.grid.visited.mean:.1f} ({cut.grid.visited.max})"
-    assert row[10] == f"{speedups(cut).predicted:.2f}x"
+    assert found["grid"] == "7 + 64x60 + 9"
+    given = [found[name] for name in ("window", "stride", "dilation", "causal")]
+    assert given == ["8x6", "4x1", "2x3", "no yes"]
+    assert found["visited (most)"] == f"{cut.grid.visited.mean:.1f} ({cut.grid.visited.max})"
+    assert found["predicted"] == f"{speedups(cut).predicted:.2f}x"
 
 
 @pytest.mark.parametrize("name", [*CASES, *shipped_policies()])
 def test_every_preset(name: str) -> None:
-    rows = figures(name)
-    assert [row[0] for row in rows] == (
+    columns = figures(name)
+    assert list(columns) == (
         [name]
         if name in CASES
         else [f"rules[{rule.index}]" for rule in load_policy(name).rules if not rule.dense]
     )
     if name in MODELS:
         known = MODELS[name].attention_share is not None
-        assert all((row[-1] != "-") == known for row in rows)
+        assert all(("whole run" in column) == known for column in columns.values())
 
 
 def test_a_policy_file(tmp_path: Path) -> None:
@@ -129,9 +175,9 @@ def test_a_policy_file(tmp_path: Path) -> None:
     assert "give it one with --grid" in run(two, code=1)
     output = run(two, "--grid", "8,8")
     assert "rules[0]: axis 0: window 9 is larger than the grid's 8 tokens" in output
-    assert " rules[1] | 8x8  | 4x4 / 1x1" in output
+    assert figures(two, "--grid", "8,8")["rules[1]"]["window"] == "4x4"
     laid_out = policy("laid-out", "layout: {grid: [32, 32], prefix: 3}", "rules:", "- window: 8")
-    assert figures(laid_out)[0][1] == "3 + 32x32"
+    assert figures(laid_out)["rules[0]"]["grid"] == "3 + 32x32"
     dense = policy("dense", "rules:", "- dense: true")
     assert "has no rule with a window" in run(dense, "--grid", "8,8", code=1)
     wrong = policy("wrong", "rules:", "- windw: 3")

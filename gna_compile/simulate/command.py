@@ -52,7 +52,7 @@ def simulate(
     sparsity: Annotated[
         float, typer.Option(help="With --search: the most that the printed rule leaves out.")
     ] = 0.9,
-    plot: Annotated[Path | None, typer.Option(help="Draw the first row too: out.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the first column too: out.png.")] = None,
     query: Annotated[str, typer.Option(help="With --plot: a query's place on the grid.")] = "",
 ) -> None:
     """Counts tiles and predicts speedups of a window, a named case, or every rule of a policy."""
@@ -105,10 +105,11 @@ def simulate(
             _on_cpu(console, problems)
         else:
             plans = [(entry, _plan(work, arch, tiling, boxes)) for entry, work in problems]
-            console.print(tables.plans_table(plans))
+            flattened = None
             if flat:
                 query_tile, key_tile = _numbers("--flat", flat, count=2)
-                console.print(tables.flat_table(plans, query_tile, key_tile))
+                flattened = query_tile, key_tile
+            console.print(tables.plans_table(plans, flattened))
             for line in tables.hints(plans):
                 console.print(line, highlight=False, soft_wrap=True)
             if plot:

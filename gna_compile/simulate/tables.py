@@ -14,57 +14,65 @@ from gna_compile.simulate.front import Point
 from gna_compile.simulate.problems import Entry
 
 
-def plans_table(entries: Sequence[tuple[Entry, Plan]]) -> Table:
-    """One row an entry: its tiles, what they visit, and the speedups."""
-    table = _table(
-        "", "grid", "window / stride", "query box", "key box", "visited (most)", "masked"
-    )
-    for name in ("FLOP bound", "mean tile", "simulator", "predicted", "ms (dense)", "whole run"):
-        table.add_column(name, justify="right", overflow="fold")
-    for entry, cut in entries:
-        found = speedups(cut)
-        run = "-"
-        if entry.attention_share is not None:
-            run = _speedup(end_to_end(found.predicted, entry.attention_share, *entry.dense_steps))
-        table.add_row(
-            entry.name,
-            *_geometry(cut.workload.neighborhood),
-            times(cut.query_box),
-            times(cut.key_box),
-            f"{cut.grid.visited.mean:.1f} ({cut.grid.visited.max})",
-            f"{cut.boundary / cut.visited:.0%}",
-            *map(_speedup, (found.flop_bound, found.mean_tile, found.simulator, found.predicted)),
-            f"{cut.milliseconds:.2f} ({found.dense_milliseconds:.1f})",
-            run,
-        )
-    return table
+def plans_table(
+    entries: Sequence[tuple[Entry, Plan]], flat: tuple[int, int] | None = None
+) -> Table:
+    """One column an entry: its tiles, what they visit, and the speedups.
+
+    Args:
+        entries: what to show; at least one.
+        flat: tokens of a flattened query and key tile, whose figures are then shown too.
+    """
+    columns = [
+        _geometry(cut.workload.neighborhood) | _figures(entry, cut) for entry, cut in entries
+    ]
+    if flat is not None:
+        for column, (_, cut) in zip(columns, entries, strict=True):
+            column |= _flat_figures(cut, *flat)
+    return _by_column(entries[0][1].architecture, [entry.name for entry, _ in entries], columns)
 
 
-def cpu_table(entries: Iterable[tuple[Entry, Neighborhood, float]]) -> Table:
-    """One row an entry: the CPU's predicted speedup against the FLOP bound."""
-    table = _table("cpu", "grid", "window / stride", "FLOP bound", "predicted")
-    for entry, neighborhood, predicted in entries:
+def cpu_table(entries: Sequence[tuple[Entry, Neighborhood, float]]) -> Table:
+    """One column an entry: the CPU's predicted speedup against the FLOP bound."""
+    columns = []
+    for _, neighborhood, predicted in entries:
         bound = neighborhood.tokens**2 / neighborhood.pairs
-        table.add_row(entry.name, *_geometry(neighborhood), _speedup(bound), _speedup(predicted))
-    return table
+        speedup = {"FLOP bound": _speedup(bound), "predicted": _speedup(predicted)}
+        columns.append(_geometry(neighborhood) | speedup)
+    return _by_column("cpu", [entry.name for entry, *_ in entries], columns)
 
 
-def flat_table(entries: Sequence[tuple[Entry, Plan]], query_tile: int, key_tile: int) -> Table:
-    """One row an entry: flattened tiles of so many tokens in place of boxes."""
-    table = _table(f"flattened {query_tile}x{key_tile}", "visited (most)", "masked", "mean tile")
-    table.add_column("simulator")
-    for entry, cut in entries:
-        neighborhood = cut.workload.neighborhood
-        counts = flat_counts(neighborhood, query_tile, key_tile, cut.tiling)
-        tokens = neighborhood.grid_tokens
-        table.add_row(
-            entry.name,
-            f"{counts.visited.mean:.1f} ({counts.visited.max})",
-            f"{counts.boundary.sum / counts.visited.sum:.0%}",
-            _speedup(tokens**2 / (counts.visited.sum * query_tile * key_tile)),
-            _speedup(-(-tokens // key_tile) / counts.visited.max),
-        )
-    return table
+def _figures(entry: Entry, cut: Plan) -> dict[str, str]:
+    found = speedups(cut)
+    figures = {
+        "query box": times(cut.query_box),
+        "key box": times(cut.key_box),
+        "visited (most)": f"{cut.grid.visited.mean:.1f} ({cut.grid.visited.max})",
+        "masked": f"{cut.boundary / cut.visited:.0%}",
+        "FLOP bound": _speedup(found.flop_bound),
+        "mean tile": _speedup(found.mean_tile),
+        "simulator": _speedup(found.simulator),
+        "predicted": _speedup(found.predicted),
+        "ms": f"{cut.milliseconds:.2f}",
+        "ms if dense": f"{found.dense_milliseconds:.2f}",
+    }
+    if entry.attention_share is not None:
+        run = end_to_end(found.predicted, entry.attention_share, *entry.dense_steps)
+        figures["whole run"] = _speedup(run)
+    return figures
+
+
+def _flat_figures(cut: Plan, query_tile: int, key_tile: int) -> dict[str, str]:
+    neighborhood = cut.workload.neighborhood
+    counts = flat_counts(neighborhood, query_tile, key_tile, cut.tiling)
+    tokens = neighborhood.grid_tokens
+    return {
+        f"flattened {query_tile}, {key_tile}": "",
+        "- visited (most)": f"{counts.visited.mean:.1f} ({counts.visited.max})",
+        "- masked": f"{counts.boundary.sum / counts.visited.sum:.0%}",
+        "- mean tile": _speedup(tokens**2 / (counts.visited.sum * query_tile * key_tile)),
+        "- simulator": _speedup(-(-tokens // key_tile) / counts.visited.max),
+    }
 
 
 def front_table(front: Sequence[Point]) -> Table:
@@ -110,12 +118,29 @@ def _speedup(value: float) -> str:
     return f"{value:.2f}x"
 
 
-def _geometry(neighborhood: Neighborhood) -> tuple[str, str]:
+def _geometry(neighborhood: Neighborhood) -> dict[str, str]:
     axes = neighborhood.axes
     parts = [neighborhood.prefix, times(neighborhood.grid), neighborhood.suffix]
-    text = f"{times(axis.window for axis in axes)} / {times(axis.stride for axis in axes)}"
+    lines = {
+        "grid": " + ".join(str(part) for part in parts if part),
+        "window": times(axis.window for axis in axes),
+        "stride": times(axis.stride for axis in axes),
+    }
     if any(axis.dilation > 1 for axis in axes):
-        text += f" dilation {times(axis.dilation for axis in axes)}"
+        lines["dilation"] = times(axis.dilation for axis in axes)
     if any(axis.causal for axis in axes):
-        text += " causal " + " ".join("yes" if axis.causal else "no" for axis in axes)
-    return " + ".join(str(part) for part in parts if part), text
+        lines["causal"] = " ".join("yes" if axis.causal else "no" for axis in axes)
+    return lines
+
+
+def _by_column(corner: str, names: Sequence[str], columns: Sequence[dict[str, str]]) -> Table:
+    """A table of one column each, with a row for every line that any of them has."""
+    table = _table(corner)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    lines: dict[str, None] = {}
+    for column in sorted(columns, key=len, reverse=True):
+        lines |= dict.fromkeys(column)
+    for line in lines:
+        table.add_row(line, *(column.get(line, "-") for column in columns))
+    return table
