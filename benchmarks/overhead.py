@@ -26,6 +26,7 @@ GRID = (5, 6, 8)
 POLICY: dict[str, Any] = {
     "version": 1,
     "min_tokens": 0,
+    "min_speedup": 0,
     "rules": [{"layers": "blocks.*.attn1", "window": "1/2", "stride": 2}],
 }
 

@@ -21,10 +21,12 @@ from gna_compile.policy import (
     policy_text,
     shipped_policies,
 )
+from gna_compile.simulate import simulate
 
 app = typer.Typer(help="Neighbourhood attention for unmodified models.", no_args_is_help=True)
 policies_app = typer.Typer(help="List, show and check policies.", no_args_is_help=True)
 app.add_typer(policies_app, name="policies")
+app.command()(simulate)
 
 console = Console()
 errors = Console(stderr=True)

@@ -18,6 +18,7 @@ from gna_compile.graph.frame import position_ids_outside
 from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, same_grid, times
 from gna_compile.graph.sites import Site
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
+from gna_compile.prediction import predicted_speedup, stride_hint
 from gna_compile.providers import Declined, Problem, choose
 from gna_compile.reasons import Reason
 from gna_compile.stamps import Stamp
@@ -36,9 +37,10 @@ class Decision:
         rule: index of the rule that matched, if one did.
         parameters: window, stride, dilation and causal, if the site is rewritten.
         flop_share: share of dense attention's FLOPs that the mask keeps, if a window applies.
+        predicted_speedup: over dense attention, at the example sizes, if the provider is known.
         provider: name of the provider that will run it, if the site is rewritten.
         reason: why the site stays dense; None if it is rewritten.
-        detail: the reason in words, with the values that decided.
+        detail: the reason in words, with the values that decided; a hint if it is rewritten.
     """
 
     site: Site
@@ -47,6 +49,7 @@ class Decision:
     rule: int | None = None
     parameters: Parameters | None = None
     flop_share: float | None = None
+    predicted_speedup: float | None = None
     provider: str = ""
     reason: Reason | None = None
     detail: str = ""
@@ -142,10 +145,13 @@ def _decide(
         parameters = _parameters(rule, layout)
         _check_causal(site, layout, parameters)
         facts["flop_share"] = _check_gain(site, layout, parameters, policy)
-        provider = _provider(site, layout, parameters, policy)
+        problem = _problem(site, layout, parameters)
+        provider = _provider(problem, policy)
+        facts["predicted_speedup"] = _check_speedup(problem, provider, policy)
     except _Dense as dense:
         return Decision(**facts, reason=dense.reason, detail=dense.detail)
-    return Decision(**facts, parameters=parameters, provider=provider)
+    detail = stride_hint(problem, provider)
+    return Decision(**facts, parameters=parameters, provider=provider, detail=detail)
 
 
 def _stamp_for(
@@ -237,6 +243,19 @@ def _check_causal(site: Site, layout: Layout, parameters: Parameters) -> None:
         raise _Dense(Reason.CAUSAL)
 
 
+def _check_speedup(problem: Problem, provider: str, policy: Policy) -> float | None:
+    """The predicted speedup. It is for the example sizes only, and other sizes get no guard."""
+    predicted = predicted_speedup(problem, provider)
+    if predicted is not None and predicted < policy.min_speedup:
+        bound = 1 / problem.neighborhood.flop_share
+        raise _Dense(
+            Reason.SLOWDOWN,
+            f"predicted speedup {predicted:.2f}x (FLOP bound {bound:.2f}x) is below "
+            f"min_speedup {policy.min_speedup:g}",
+        )
+    return predicted
+
+
 def _check_gain(site: Site, layout: Layout, parameters: Parameters, policy: Policy) -> float | None:
     if bool(site.tokens < policy.min_tokens):
         raise _Dense(Reason.TOO_FEW_TOKENS, f"{site.tokens} < min_tokens {policy.min_tokens}")
@@ -274,9 +293,9 @@ def _neighborhood(layout: Layout, parameters: Parameters) -> Neighborhood:
         raise _Dense(Reason.LAYOUT_MISMATCH, str(error)) from None
 
 
-def _provider(site: Site, layout: Layout, parameters: Parameters, policy: Policy) -> str:
+def _problem(site: Site, layout: Layout, parameters: Parameters) -> Problem:
     assert site.query is not None and site.key is not None and site.value is not None
-    problem = Problem(
+    return Problem(
         device=site.device.type,
         dtype=site.dtype,
         batch=hint(site.batch),
@@ -289,6 +308,9 @@ def _provider(site: Site, layout: Layout, parameters: Parameters, policy: Policy
         key_strides=_strides(site.key, transposed=site.key_transposed),
         value_strides=_strides(site.value),
     )
+
+
+def _provider(problem: Problem, policy: Policy) -> str:
     provider = choose(problem, allow_slow=policy.allow_slow_providers)
     if isinstance(provider, Declined):
         reasons = "; ".join(f"{name}: {why}" for name, why in provider.reasons.items())

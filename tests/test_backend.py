@@ -73,7 +73,13 @@ class Net(nn.Module):
 
 
 def policy(*rules: dict[str, Any], **top: Any) -> dict[str, Any]:
-    return {"version": 1, "min_tokens": 0, **top, "rules": list(rules) or [{"window": 3}]}
+    return {
+        "version": 1,
+        "min_tokens": 0,
+        "min_speedup": 0,
+        **top,
+        "rules": list(rules) or [{"window": 3}],
+    }
 
 
 def image(grid: tuple[int, int] = GRID) -> Tensor:
@@ -109,7 +115,7 @@ class M(torch.nn.Module):
         x = x.flatten(2).transpose(1, 2).unsqueeze(1)
         return sdpa(x, x, x)
 assert not any(name.startswith("gna_compile") for name in sys.modules)
-policy = {"version": 1, "min_tokens": 0, "rules": [{"window": 3}]}
+policy = {"version": 1, "min_tokens": 0, "min_speedup": 0, "rules": [{"window": 3}]}
 m = M()
 out = torch.compile(m, backend="gna", options={"policy": policy, "inner": "eager"})(torch.randn(1, 8, 6, 8))
 assert "gna_compile.ops" in sys.modules

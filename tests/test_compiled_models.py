@@ -26,6 +26,7 @@ GOLDEN = Path(__file__).parent / "golden"
 POLICY: dict[str, Any] = {
     "version": 1,
     "min_tokens": 60,
+    "min_speedup": 0,
     "key_mask": "global_tokens",
     "rules": [{"window": "1/2", "stride": 2}],
 }

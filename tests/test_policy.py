@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gna_compile.geometry import Neighborhood
+from gna_compile.planner import Workload, plan, speedups
 from gna_compile.policy import (
     LayerFacts,
     Parameters,
@@ -33,6 +34,7 @@ from gna_compile.policy import (
 )
 from gna_compile.policy.rules import layer_index
 from gna_compile.reasons import Reason
+from gna_compile.simulate.cases import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = {"dense": True}
@@ -784,6 +786,11 @@ BOUND = re.compile(
     r"^# flop-bound: (\S+) on (\d+(?:x\d+)*)(?: prefix (\d+))?(?: suffix (\d+))? = (\d+\.\d\d)$",
     re.MULTILINE,
 )
+# The line after each bound.
+PREDICTED = re.compile(
+    r"^# flop-bound: (\S+) on .*\n# predicted: sm90 (\S+), sm100 (\S+), with (\d+) heads of (\d+)$",
+    re.MULTILINE,
+)
 
 
 def test_the_shipped_policies_are_the_documented_ones() -> None:
@@ -824,6 +831,26 @@ def test_the_bounds_in_shipped_comments_are_right(name: str) -> None:
             assert (rule.layout.grid, *around) == (grid, found.prefix, found.suffix)
         covered.add(rule.index)
     assert covered == {rule.index for rule in policy.rules if not rule.dense}
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_the_predictions_in_shipped_comments_are_right(name: str) -> None:
+    policy, text, model = load_policy(name), policy_text(name), MODELS[name]
+    bounds, predictions = BOUND.findall(text), PREDICTED.findall(text)
+    assert [bound[0] for bound in bounds] == [layer for layer, *_ in predictions]
+    for (layer, grid_text, prefix, suffix, _), (_, *printed, heads, size) in zip(
+        bounds, predictions, strict=True
+    ):
+        grid = tuple(int(length) for length in grid_text.split("x"))
+        assert (grid, str(model.heads), str(model.head_dim)) == (model.grid, heads, size)
+        rule = policy.rule_for(LayerFacts(layer, grid=grid))
+        assert rule is not None
+        found = Neighborhood.of(grid, *rule.parameters(grid), int(prefix or 0), int(suffix or 0))
+        masked = rule.key_mask is not None and found.global_tokens > 0
+        assert model.key_mask == (rule.key_mask is not None)
+        workload = Workload(found, model.heads, model.head_dim, key_mask=masked)
+        plans = [plan(workload, architecture) for architecture in ("sm90", "sm100")]
+        assert printed == [f"{speedups(cut).predicted:.2f}" for cut in plans]
 
 
 @pytest.mark.parametrize(

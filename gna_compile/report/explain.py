@@ -126,6 +126,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     table.add_column("layout\nand source", no_wrap=True)
     table.add_column("becomes", no_wrap=True)
     table.add_column("FLOPs\nkept", justify="right", no_wrap=True)
+    table.add_column("speedup\n(bound)", justify="right", no_wrap=True)
     for phase in phases:
         table.add_section()
         if len(phases) > 1:
@@ -138,6 +139,7 @@ def table_of(rows: Sequence[Row]) -> Table:
                     f"{row.layout}\n[dim]{row.layout_source}[/dim]" if row.layout else "-",
                     _becomes(row),
                     "-" if row.flop_share is None else f"{row.flop_share:.1%}",
+                    _speedup(row),
                 )
     return table
 
@@ -154,5 +156,15 @@ def _becomes(row: Row) -> str:
 
 
 def reasons_in_words(rows: Sequence[Row]) -> list[str]:
-    """Each reason for which sites stay dense, once, with the values that decided."""
-    return list(dict.fromkeys(f"{row.reason}: {row.detail}" for row in rows if row.reason))
+    """Each reason for which sites stay dense, once, with the values that decided; then hints."""
+    reasons = [f"{row.reason}: {row.detail}" for row in rows if row.reason]
+    hints = [row.detail for row in rows if row.detail and not row.reason]
+    return list(dict.fromkeys(reasons + hints))
+
+
+def _speedup(row: Row) -> str:
+    """The predicted speedup, and under it the FLOP bound."""
+    if row.flop_share is None:
+        return "-"
+    predicted = "?" if row.predicted_speedup is None else f"{row.predicted_speedup:.2f}x"
+    return f"{predicted}\n({1 / row.flop_share:.2f}x)"
