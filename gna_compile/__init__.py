@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gna_compile.explaining import Explanation, explain, graph_diff
     from gna_compile.ops import neighborhood_attention
     from gna_compile.phases import PhaseSchedule, current_phase, phase, set_phase
     from gna_compile.policy import Policy, PolicyError, load_policy
-    from gna_compile.report.explain import Explanation, explain, graph_diff
     from gna_compile.stamps import prepare, unprepare
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _HOME = {
     **dict.fromkeys(["PhaseSchedule", "current_phase", "phase", "set_phase"], "gna_compile.phases"),
     **dict.fromkeys(["Policy", "PolicyError", "load_policy"], "gna_compile.policy"),
     **dict.fromkeys(["prepare", "unprepare"], "gna_compile.stamps"),
-    **dict.fromkeys(["Explanation", "explain", "graph_diff"], "gna_compile.report.explain"),
+    **dict.fromkeys(["Explanation", "explain", "graph_diff"], "gna_compile.explaining"),
 }
 
 

@@ -54,8 +54,8 @@ def explain(
     diff: Annotated[bool, typer.Option("--diff", help="Print the graph diff instead.")] = False,
 ) -> None:
     """Says what becomes of every attention site of a model, without lowering anything."""
-    from gna_compile.report.explain import explain as explain_model
-    from gna_compile.report.explain import graph_diff
+    from gna_compile.explaining import explain as explain_model
+    from gna_compile.explaining import graph_diff
 
     model, args, kwargs = _build(target)
     try:

@@ -641,3 +641,17 @@ def test_a_phase_of_another_policy_is_the_default() -> None:
 def test_explain_names_the_policy_error() -> None:
     with pytest.raises(gna_compile.PolicyError, match=r"wan2\.1-720p"):
         gna_compile.explain(Net(), image(), policy="wan2.1-720")
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_symbolic_head_size(inner: str) -> None:
+    def attend(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+    rules = policy(layout={"grid": list(GRID)})
+    run = compiled(attend, rules, inner=inner, dynamic=True)
+    visible = oracle.mask(GRID, (3, 3))
+    for head_dim in (8, 16):
+        x = torch.randn(1, 2, 48, head_dim)
+        expected = F.scaled_dot_product_attention(x, x, x, attn_mask=visible)
+        torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import gna_compile
 from gna_compile.backend import gna
-from gna_compile.report.explain import Explanation
+from gna_compile.explaining import Explanation
 from tools.model_table import with_table
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -73,7 +73,8 @@ def _replace(
     key_mask = None
     if site.mask is not None:
         key_mask = _key_mask(build, site, layout, sizes, verify_masks)
-    scale = site.scale if site.scale is not None else site.head_dim**-0.5
+    # A symbolic head size is held to its value: the scale is a number in the op.
+    scale = site.scale if site.scale is not None else int(site.head_dim) ** -0.5
     output_order = memory_order(original)
     if three_dimensional:
         output_order = [0 if dim == 0 else dim + 1 for dim in output_order]
