@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 from masked_model import masked
-from models import MODELS, Built, build, inputs_for, main_output
+from models import MODELS, OLD_TORCH, Built, build, inputs_for, main_output
 from torch._dynamo.backends.registry import lookup_backend
 
 import gna_compile
@@ -75,6 +75,8 @@ def compiled(built: Built, policy: Any = POLICY, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_decisions(name: str) -> None:
+    if OLD_TORCH and name in ("vit", "dinov2"):
+        pytest.skip("transformers gives it a mask under this torch")
     built = build(name)
     explanation = gna_compile.explain(built.model, policy=POLICY, quiet=True, **built.inputs)
     assert explanation.rows
@@ -115,6 +117,8 @@ def test_numbers_under_inductor(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "clip", "timm-vit"])
 def test_attention_written_out(name: str) -> None:
+    if OLD_TORCH and name in ("vit", "dinov2"):
+        pytest.skip("transformers gives it a mask under this torch")
     fused, written = build(name), build(name, written_out=True)
     explanation = gna_compile.explain(written.model, policy=POLICY, quiet=True, **written.inputs)
     assert {row.form for row in explanation.rows} == {"written-out"}
