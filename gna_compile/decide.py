@@ -18,8 +18,7 @@ from gna_compile.graph.frame import position_ids_outside
 from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, same_grid, times
 from gna_compile.graph.sites import Site
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
-from gna_compile.prediction import predicted_speedup, stride_hint
-from gna_compile.providers import Declined, Problem, choose
+from gna_compile.providers import Declined, Problem, Provider, choose
 from gna_compile.reasons import Reason
 from gna_compile.stamps import Stamp
 
@@ -147,11 +146,17 @@ def _decide(
         facts["flop_share"] = _check_gain(site, layout, parameters, policy)
         problem = _problem(site, layout, parameters)
         provider = _provider(problem, policy)
-        facts["predicted_speedup"] = _check_speedup(problem, provider, policy)
+        forecast = provider.forecast(problem)
+        _check_speedup(problem, forecast.speedup, policy)
     except _Dense as dense:
         return Decision(**facts, reason=dense.reason, detail=dense.detail)
-    detail = stride_hint(problem, provider)
-    return Decision(**facts, parameters=parameters, provider=provider, detail=detail)
+    return Decision(
+        **facts,
+        parameters=parameters,
+        predicted_speedup=forecast.speedup,
+        provider=provider.name,
+        detail=forecast.hint,
+    )
 
 
 def _stamp_for(
@@ -243,9 +248,8 @@ def _check_causal(site: Site, layout: Layout, parameters: Parameters) -> None:
         raise _Dense(Reason.CAUSAL)
 
 
-def _check_speedup(problem: Problem, provider: str, policy: Policy) -> float | None:
-    """The predicted speedup. It is for the example sizes only, and other sizes get no guard."""
-    predicted = predicted_speedup(problem, provider)
+def _check_speedup(problem: Problem, predicted: float | None, policy: Policy) -> None:
+    """The forecast is for the example sizes only, and other sizes get no guard."""
     if predicted is not None and predicted < policy.min_speedup:
         bound = 1 / problem.neighborhood.flop_share
         raise _Dense(
@@ -253,7 +257,6 @@ def _check_speedup(problem: Problem, provider: str, policy: Policy) -> float | N
             f"predicted speedup {predicted:.2f}x (FLOP bound {bound:.2f}x) is below "
             f"min_speedup {policy.min_speedup:g}",
         )
-    return predicted
 
 
 def _check_gain(site: Site, layout: Layout, parameters: Parameters, policy: Policy) -> float | None:
@@ -310,12 +313,12 @@ def _problem(site: Site, layout: Layout, parameters: Parameters) -> Problem:
     )
 
 
-def _provider(problem: Problem, policy: Policy) -> str:
+def _provider(problem: Problem, policy: Policy) -> Provider:
     provider = choose(problem, allow_slow=policy.allow_slow_providers)
     if isinstance(provider, Declined):
         reasons = "; ".join(f"{name}: {why}" for name, why in provider.reasons.items())
         raise _Dense(Reason.NO_FAST_PROVIDER, reasons)
-    return provider.name
+    return provider
 
 
 def _strides(node: torch.fx.Node, transposed: bool = False) -> tuple[int, ...]:

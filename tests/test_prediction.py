@@ -17,8 +17,7 @@ from torch.nn import functional as F
 import gna_compile
 from gna_compile.geometry import Neighborhood
 from gna_compile.planner import plan, speedups
-from gna_compile.prediction import predicted_speedup, stride_hint, workload_of
-from gna_compile.providers import Problem, boxes
+from gna_compile.providers import Problem, boxes, planned
 from gna_compile.providers.portable import Portable
 
 
@@ -35,13 +34,13 @@ HUNYUAN = Neighborhood.of((30, 48, 80), (18, 24, 24), (1, 8, 8), suffix=256)
 
 def test_each_provider_is_predicted_by_what_it_does() -> None:
     asked = problem(HUNYUAN, "cuda", has_key_mask=True)
-    workload = workload_of(asked)
+    workload = planned.workload_of(asked)
     assert (workload.heads, workload.head_dim, workload.element_bytes) == (24, 128, 2)
     assert workload.key_mask
     for name in ("sm90", "sm100"):
-        assert predicted_speedup(asked, name) == speedups(plan(workload, name)).predicted
-    assert predicted_speedup(asked, "portable") is None
-    on_cpu = predicted_speedup(problem(HUNYUAN), "portable")
+        assert planned.forecast(asked, name).speedup == speedups(plan(workload, name)).predicted
+    assert Portable().forecast(asked).speedup is None
+    on_cpu = Portable().forecast(problem(HUNYUAN)).speedup
     assert on_cpu == boxes.predicted_speedup(HUNYUAN, 2)
 
 
@@ -63,10 +62,10 @@ def test_the_portable_providers_cost_is_that_of_its_tiles(stride: int, suffix: i
 def test_a_stride_hint_is_for_the_native_kernels() -> None:
     asked = problem(HUNYUAN)
     hint = "hint: with stride 2x8x8 no key tile would need a mask"
-    assert stride_hint(asked, "sm90") == hint
-    assert stride_hint(asked, "portable") == ""
+    assert planned.forecast(asked, "sm90").hint == hint
+    assert Portable().forecast(asked).hint == ""
     better = Neighborhood.of((30, 48, 80), (18, 24, 24), (2, 8, 8), suffix=256)
-    assert stride_hint(problem(better), "sm90") == ""
+    assert planned.forecast(problem(better), "sm90").hint == ""
 
 
 class Net(nn.Module):
@@ -107,14 +106,14 @@ def test_explain_shows_the_prediction_against_the_bound() -> None:
 
 
 def test_a_native_provider_is_held_to_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the portable provider passed off as a native one, its table decides and hints."""
-    monkeypatch.setattr(Portable, "name", "sm90")
+    """With the forecast of a native provider in place of the portable one's, its table decides and hints."""
+    monkeypatch.setattr(Portable, "forecast", lambda _, asked: planned.forecast(asked, "sm90"))
     policy = {"window": 16, "stride": [15, 16]}
     explanation = explained(64, rules=[policy])
     [row] = explanation.rows
     neighborhood = Neighborhood.of((64, 64), (16, 16), (15, 16))
     asked = problem(neighborhood, batch=1, heads=1, head_dim=8, dtype=torch.float32)
-    assert row.predicted_speedup == predicted_speedup(asked, "sm90")
+    assert row.predicted_speedup == planned.forecast(asked, "sm90").speedup
     assert row.detail == "hint: with stride 16x16 no key tile would need a mask"
     text = io.StringIO()
     explanation.print(Console(file=text, width=120))

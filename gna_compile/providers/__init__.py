@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from gna_compile.providers.portable import Portable
-from gna_compile.providers.problem import Declined, Problem, Provider
+from gna_compile.providers.problem import Declined, Forecast, Problem, Provider
 
-__all__ = ["PROVIDERS", "Declined", "Problem", "Provider", "choose"]
+__all__ = ["PROVIDERS", "Declined", "Forecast", "Problem", "Provider", "choose"]
 
 PROVIDERS: list[Provider] = [Portable()]
 """All providers, best first."""
