@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
+# make demo | test | fuzz | lint | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
 #
 # PYTHON   the interpreter to build on. A torch that it already has and that this package supports is
 #          used as it is, for example on a GPU machine; otherwise $(TORCH) is installed.
@@ -6,6 +6,7 @@
 #          GB); on a machine without a GPU name PyTorch's CPU index:
 #          make test TORCH='torch==2.13.0 --index-url <the CPU index from pytorch.org>'
 # VENV     the virtual environment, made when missing.
+# FUZZ_SECONDS how long the native code runs on random problems under sanitizers.
 # PYTEST_ARGS  replaces "-n auto", for example PYTEST_ARGS='-k wan -x'.
 #
 # Without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder of wheels> make test
@@ -14,6 +15,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto
+FUZZ_SECONDS ?= 20
 
 # timm requires torchvision, which nothing here uses and which can replace the installed torch; the
 # rest of what it needs comes with transformers. Hence --no-deps, and no extra in pyproject.toml.
@@ -21,10 +23,11 @@ TIMM := timm==1.0.31
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
 CXX_FOUND := $(shell command -v $(CXX) || command -v c++ || command -v g++ || command -v clang++)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean compiler
+.PHONY: demo test fuzz lint clean compiler
 
 demo: $(VENV)/.demo compiler
 	$(BIN)/python examples/demo.py
@@ -32,6 +35,11 @@ demo: $(VENV)/.demo compiler
 # One thread a worker: pytest runs as many workers as there are cores.
 test: $(VENV)/.test compiler
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev compiler
+	$(BIN)/cmake -S . -B build/fuzz -DGNA_PYTHON=OFF -DGNA_FUZZ=ON -DGNA_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/fuzz --parallel 2
+	build/fuzz/csrc/cpu/gna_fuzz $(FUZZ_SECONDS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
@@ -45,18 +53,18 @@ clean:
 compiler:
 	@test -n "$(CXX_FOUND)" || { echo "No C++ compiler found. Install one (g++ or clang++), or set CXX." >&2; exit 1; }
 
-# The stamps: nothing is installed again unless pyproject.toml changed.
-$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+# The stamps: nothing is installed again unless pyproject.toml or the native code changed.
+$(VENV)/.demo: pyproject.toml $(NATIVE) $(VENV)/.torch
 	$(PIP) --editable ".[demo]"
 	@touch $@
 
-$(VENV)/.test: pyproject.toml $(VENV)/.torch
+$(VENV)/.test: pyproject.toml $(NATIVE) $(VENV)/.torch
 	$(PIP) --editable ".[test]"
 	$(PIP) --no-deps "$(TIMM)"
 	@touch $@
 
 # mypy reads what the tests import, so it needs their packages too.
-$(VENV)/.dev: pyproject.toml $(VENV)/.test
+$(VENV)/.dev: pyproject.toml $(NATIVE) $(VENV)/.test
 	$(PIP) --editable ".[test,dev]"
 	@touch $@
 

@@ -152,6 +152,7 @@ def doctor() -> None:
 
     import gna_compile.ops  # noqa: F401 - registers the op
     from gna_compile.providers import PROVIDERS
+    from gna_compile.providers.cpu import instruction_sets
 
     supported = (2, 11) <= tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
     console.print(
@@ -165,6 +166,14 @@ def doctor() -> None:
             console.print(f"cuda:{index} {torch.cuda.get_device_name(index)} (sm_{major}{minor})")
     else:
         console.print("no CUDA device")
+    isas = instruction_sets()
+    if isas:
+        console.print(f"native CPU kernel: {isas[0]}")
+    else:
+        console.print(
+            "native CPU kernel: not built, so provider cpu declines everything; install a C++ "
+            "compiler (g++ or clang++) and reinstall gna-compile"
+        )
     for provider in PROVIDERS:
         fast = ", ".join(sorted(provider.fast_on)) or "no device"
         console.print(f"provider {provider.name}: usable; counts as fast on {fast}")

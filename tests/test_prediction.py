@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gna_compile
+from gna_compile import providers
 from gna_compile.geometry import Neighborhood
 from gna_compile.planner import plan, speedups
-from gna_compile.providers import Problem, boxes, planned
+from gna_compile.providers import Problem, boxes, cpu_tiles, planned
+from gna_compile.providers.cpu import Cpu
 from gna_compile.providers.portable import Portable
 
 
@@ -81,6 +83,12 @@ def explained(size: int, **top: Any) -> gna_compile.Explanation:
     return gna_compile.explain(Net(), torch.randn(1, 8, size, size), policy=policy, quiet=True)
 
 
+@pytest.fixture
+def portable_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "PROVIDERS", [Portable()])
+
+
+@pytest.mark.usefixtures("portable_only")
 def test_a_predicted_slowdown_stays_dense_although_it_saves_flops() -> None:
     [row] = explained(8).rows
     expected = boxes.predicted_speedup(Neighborhood.of((8, 8), (5, 5)))
@@ -93,6 +101,7 @@ def test_a_predicted_slowdown_stays_dense_although_it_saves_flops() -> None:
     assert row.decision == "gna" and row.predicted_speedup == expected
 
 
+@pytest.mark.usefixtures("portable_only")
 def test_explain_shows_the_prediction_against_the_bound() -> None:
     explanation = explained(64)
     [row] = explanation.rows
@@ -105,6 +114,7 @@ def test_explain_shows_the_prediction_against_the_bound() -> None:
     assert f"{expected:.2f}x" in text.getvalue() and "(163.84x)" in text.getvalue()
 
 
+@pytest.mark.usefixtures("portable_only")
 def test_a_native_provider_is_held_to_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the forecast of a native provider in place of the portable one's, its table decides and hints."""
     monkeypatch.setattr(Portable, "forecast", lambda _, asked: planned.forecast(asked, "sm90"))
@@ -132,3 +142,12 @@ def test_prediction_installs_no_guard(first: int) -> None:
     compiled(image)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(torch.randn(1, 8, 80 - first, 80 - first))
+
+
+@pytest.mark.parametrize("window", [(64, 64), (16, 16), (13, 13)])
+def test_the_cpu_kernels_forecast_counts_its_own_tiles(window: tuple[int, int]) -> None:
+    grid = Neighborhood.of((64, 64), window)
+    found = Cpu().forecast(problem(grid)).speedup
+    tile_bound = grid.tokens**2 / cpu_tiles.pairs(grid, cpu_tiles.choose_boxes(grid))
+    assert found is not None
+    assert 0.5 * tile_bound < found < tile_bound

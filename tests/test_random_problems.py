@@ -1,8 +1,9 @@
 """Ten thousand random problems, forward and backward, against the float64 brute force.
 
-Each problem also draws how the portable provider works on it: the fused or the exact way, a random
-cut of the grid instead of the cheapest (which would be one box, on grids this small), a workspace
-that forces chunks. All fresh memory is NaN, so an element that nobody wrote is an error.
+Each problem also draws how a provider works on it. The portable one: the fused or the exact way, a
+random cut of the grid instead of the cheapest (which would be one box, on grids this small), a
+workspace that forces chunks. The CPU kernel, on fewer problems for each instruction set: random
+boxes. All fresh memory is NaN, so an element that nobody wrote is an error.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gna_compile import ops
+from gna_compile import _native, ops, providers
 from gna_compile.geometry import Neighborhood
-from gna_compile.providers import boxes, portable
+from gna_compile.providers import boxes, cpu_tiles, portable
+from gna_compile.providers.cpu import Cpu
+from gna_compile.providers.portable import Portable
 
 BLOCKS = 40
 PROBLEMS_PER_BLOCK = 260
+BLOCKS_OF_EACH_ISA = 3
 
 # Largest error allowed in output, gradients and logsumexp, relative to the largest value around 1.
 TOLERANCE = {
@@ -106,6 +110,11 @@ class RandomProblem:
             chosen.append(tuple(boxes._tiles(axis, size, merge=self.rng.random() < 0.5)))
         return lambda *_: tuple(chosen)
 
+    def kernel_boxes(self) -> cpu_tiles.Boxes:
+        """Random boxes for the CPU kernel."""
+        candidates = list(cpu_tiles._candidates(len(self.geometry["grid"])))
+        return cpu_tiles.Boxes(self.rng.choice(candidates), self.rng.choice(candidates))
+
 
 def error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value (at least 1); inf where NaN or unequal."""
@@ -131,6 +140,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_block_of_random_problems(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "PROVIDERS", [Portable()])
     bounded, cut_grid = portable._bounded, boxes.cut_grid
     for index in range(PROBLEMS_PER_BLOCK):
         problem = RandomProblem(block * PROBLEMS_PER_BLOCK + index)
@@ -141,6 +151,22 @@ def test_block_of_random_problems(block: int, monkeypatch: pytest.MonkeyPatch) -
         check(problem)
 
 
+@pytest.mark.parametrize("block", range(BLOCKS_OF_EACH_ISA))
+@pytest.mark.parametrize("isa", _native.isas())
+def test_block_of_random_problems_on_the_cpu_kernel(
+    isa: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel leaves fp64 to the portable provider.
+    monkeypatch.setattr(providers, "PROVIDERS", [Cpu(isa), Portable()])
+    # Random boxes have an extent for every axis, so none may be merged away.
+    monkeypatch.setattr(cpu_tiles, "merged", lambda neighborhood: neighborhood)
+    for index in range(PROBLEMS_PER_BLOCK):
+        problem = RandomProblem(1_000_000 + block * PROBLEMS_PER_BLOCK + index)
+        chosen = problem.kernel_boxes()
+        monkeypatch.setattr(cpu_tiles, "choose_boxes", lambda _, chosen=chosen: chosen)
+        check(problem)
+
+
 def check(problem: RandomProblem) -> None:
     visible = oracle.mask(**problem.geometry, prefix=problem.prefix, suffix=problem.suffix)
     tokens = visible.shape[0]
@@ -148,13 +174,15 @@ def check(problem: RandomProblem) -> None:
     key, value = (
         problem.tensor(problem.batch, problem.kv_heads, tokens, problem.head_dim) for _ in range(2)
     )
-    inputs: list[Any] = [x.detach().requires_grad_() for x in (query, key, value)]
+    inputs = query, key, value = [x.detach().requires_grad_() for x in (query, key, value)]
     key_mask, global_tokens = None, problem.prefix + problem.suffix
     if problem.masks_keys:
         shown = [problem.rng.random() < 0.5 for _ in range(problem.batch * global_tokens)]
         key_mask = torch.tensor(shown, dtype=torch.bool).view(problem.batch, global_tokens)
     outputs = ops.neighborhood_attention(
-        *inputs,
+        query,
+        key,
+        value,
         **problem.geometry,
         prefix=problem.prefix,
         suffix=problem.suffix,
@@ -163,7 +191,13 @@ def check(problem: RandomProblem) -> None:
         return_logsumexp=True,
     )
     expected = oracle.attention(
-        *inputs, visible=visible, key_mask=key_mask, scale=problem.scale, prefix=problem.prefix
+        query,
+        key,
+        value,
+        visible=visible,
+        key_mask=key_mask,
+        scale=problem.scale,
+        prefix=problem.prefix,
     )
     of_output, of_grads, of_lse = TOLERANCE[problem.dtype]
     assert outputs[0].dtype == problem.dtype

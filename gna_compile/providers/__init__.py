@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from gna_compile.providers.cpu import Cpu
 from gna_compile.providers.portable import Portable
 from gna_compile.providers.problem import Declined, Forecast, Problem, Provider
 
 __all__ = ["PROVIDERS", "Declined", "Forecast", "Problem", "Provider", "choose"]
 
-PROVIDERS: list[Provider] = [Portable()]
+PROVIDERS: list[Provider] = [Cpu(), Portable()]
 """All providers, best first."""
 
 
