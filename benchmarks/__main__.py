@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import cpu
+from benchmarks import cpu, overhead
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 app.command("cpu")(cpu.main)
-
-
-@app.callback()
-def _several_commands() -> None:
-    """Keeps the name of the benchmark necessary while there is only one."""
+app.command("overhead")(overhead.main)
 
 
 if __name__ == "__main__":

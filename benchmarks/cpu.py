@@ -272,7 +272,7 @@ def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'gna-compile[benchmarks]')")
+        print("no plot: matplotlib is not installed (pip install 'gna-compile[plot]')")
         return
     matplotlib.use("svg")
     from matplotlib import pyplot

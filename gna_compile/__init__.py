@@ -1,6 +1,6 @@
 """gna-compile: neighbourhood attention for unmodified models, as a `torch.compile` backend.
 
-    model = torch.compile(model, backend="gna", options={"policy": "flux-4k"})
+model = torch.compile(model, backend="gna", options={"policy": "flux-4k"})
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gna_compile.explaining import Explanation, explain, graph_diff
     from gna_compile.ops import neighborhood_attention
     from gna_compile.phases import PhaseSchedule, current_phase, phase, set_phase
     from gna_compile.policy import Policy, PolicyError, load_policy
-    from gna_compile.prepare import prepare, unprepare
-    from gna_compile.report.explain import Explanation, explain, graph_diff
+    from gna_compile.stamps import prepare, unprepare
 
 __version__ = "0.1.0"
 
@@ -36,8 +36,8 @@ _HOME = {
     "neighborhood_attention": "gna_compile.ops",
     **dict.fromkeys(["PhaseSchedule", "current_phase", "phase", "set_phase"], "gna_compile.phases"),
     **dict.fromkeys(["Policy", "PolicyError", "load_policy"], "gna_compile.policy"),
-    **dict.fromkeys(["prepare", "unprepare"], "gna_compile.prepare"),
-    **dict.fromkeys(["Explanation", "explain", "graph_diff"], "gna_compile.report.explain"),
+    **dict.fromkeys(["prepare", "unprepare"], "gna_compile.stamps"),
+    **dict.fromkeys(["Explanation", "explain", "graph_diff"], "gna_compile.explaining"),
 }
 
 

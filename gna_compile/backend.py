@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from gna_compile.lower import Lowered, lower
 from gna_compile.options import Options
-from gna_compile.phases import DEFAULT, current_phase
+from gna_compile.phases import declare, known_phase
+from gna_compile.policy import DEFAULT_PHASE
 
 if TYPE_CHECKING:
     from gna_compile.decide import Decision
@@ -87,7 +88,9 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     if checks:
         dense = dense_when_needed(copy_with_sites(gm, [])[0], lowered)
         if any(isinstance(value, torch.SymInt) for value in example_inputs):
-            dense(example_inputs)  # a symbolic graph can only be lowered now, while Dynamo traces it
+            dense(
+                example_inputs
+            )  # a symbolic graph can only be lowered now, while Dynamo traces it
     runs: list[Lowered] = []
     for variant in plan.variants:
         rewritten = [decision for decision in variant if decision.is_rewritten]
@@ -106,7 +109,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
             run = CheckedAgainstIds(run, dense, checks, plan.root)
         runs.append(run)
     record.publish()
-    return runs[0] if len(runs) == 1 else by_phase(runs, plan.variant_of_phase)
+    declare(plan.variant_of_phase)
+    return runs[0] if len(plan.variant_of_phase) == 1 else by_phase(runs, plan.variant_of_phase)
 
 
 @dataclass(frozen=True)
@@ -130,23 +134,21 @@ class GraphPlan:
         return any(decision.is_rewritten for variant in self.variants for decision in variant)
 
 
-def decide_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
-) -> GraphPlan:
+def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphPlan:
     """Decides on every site of a graph in every phase, and which phases share a graph."""
     from gna_compile.decide import decide
-    from gna_compile.graph.frame import guard_root_attribute, root_module
-    from gna_compile.graph.sites import find_sites
+    from gna_compile.graph.frame import frame_modules, guard_root_attribute, root_module
     from gna_compile.graph.layouts import TokenFlow
+    from gna_compile.graph.sites import find_sites
     from gna_compile.policy import load_policy
-    from gna_compile.prepare import KEY, stamp_of, stamps_of
+    from gna_compile.stamps import KEY, stamp_of, stamps_below
 
     policy = load_policy(options.policy) if options.policy is not None else None
     sites = find_sites(gm)
     if not sites:
-        return GraphPlan({DEFAULT: []}, [[]], {DEFAULT: 0}, None)
+        return GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)
     root = root_module()
-    stamps = stamps_of(root)
+    stamps = stamps_below(frame_modules())
     if stamp_of(root) is not None:
         guard_root_attribute(KEY)
     policies = {stamp.policy for stamp in stamps.values()} | ({policy} if policy else set())
@@ -156,33 +158,30 @@ def decide_graph(
             'Give options={"policy": ...} or call gna_compile.prepare(model, policy).',
             len(sites),
         )
-    phases = list(dict.fromkeys([DEFAULT, *(name for p in policies for name in p.phases)]))
+    phases = list(dict.fromkeys([DEFAULT_PHASE, *(name for p in policies for name in p.phases)]))
     flow = TokenFlow(gm, example_inputs)
     decisions: dict[str, list[Decision]] = {}
     for phase in phases:
         decisions[phase] = [decide(site, flow, policy, phase, root, stamps) for site in sites]
     variants: list[list[Decision]] = []
-    variant_of_phase = {}
+    variant_of_phase: dict[str, int] = {}
     for phase, row in decisions.items():
-        for number, variant in enumerate(variants):
-            if all(a.same_rewrite(b) for a, b in zip(row, variant, strict=True)):
-                break
-        else:
-            number = len(variants)
+        equal = (i for i, variant in enumerate(variants) if _same_rewrites(row, variant))
+        variant_of_phase[phase] = next(equal, len(variants))
+        if variant_of_phase[phase] == len(variants):
             variants.append(row)
-        variant_of_phase[phase] = number
     return GraphPlan(decisions, variants, variant_of_phase, root)
+
+
+def _same_rewrites(row: Sequence[Decision], other: Sequence[Decision]) -> bool:
+    return all(a.same_rewrite(b) for a, b in zip(row, other, strict=True))
 
 
 def by_phase(runs: Sequence[Lowered], variant_of_phase: dict[str, int]) -> Lowered:
     """Calls the variant that was lowered for the calling thread's phase."""
 
     def run(*inputs: Any) -> Any:
-        phase = current_phase()
-        if phase not in variant_of_phase:
-            known = ", ".join(map(repr, variant_of_phase))
-            raise ValueError(f"the policy has no phase {phase!r}; it has {known}")
-        return runs[variant_of_phase[phase]](*inputs)
+        return runs[variant_of_phase[known_phase(variant_of_phase)]](*inputs)
 
     return run
 

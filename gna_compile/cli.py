@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from gna_compile.policy import (
     PolicyError,
@@ -19,17 +21,19 @@ from gna_compile.policy import (
     policy_text,
     shipped_policies,
 )
+from gna_compile.simulate import simulate
 
 app = typer.Typer(help="Neighbourhood attention for unmodified models.", no_args_is_help=True)
 policies_app = typer.Typer(help="List, show and check policies.", no_args_is_help=True)
 app.add_typer(policies_app, name="policies")
+app.command()(simulate)
 
 console = Console()
 errors = Console(stderr=True)
 
 
 def _fail(message: object) -> typer.Exit:
-    errors.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    errors.print(f"[red]error:[/red] {escape(str(message))}", highlight=False, soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -42,13 +46,16 @@ def explain(
             "(model, args, kwargs) or (model, kwargs)"
         ),
     ],
-    policy: Annotated[str, typer.Option(help="A shipped policy's name, or a path.")],
+    policy: Annotated[
+        str | None,
+        typer.Option(help="A shipped policy's name, or a path. Not needed for a prepared model."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Print the graph diff instead.")] = False,
 ) -> None:
     """Says what becomes of every attention site of a model, without lowering anything."""
-    from gna_compile.report.explain import explain as explain_model
-    from gna_compile.report.explain import graph_diff
+    from gna_compile.explaining import explain as explain_model
+    from gna_compile.explaining import graph_diff
 
     model, args, kwargs = _build(target)
     try:
@@ -64,7 +71,7 @@ def explain(
         result.print(console)
 
 
-def _build(target: str) -> tuple[object, tuple[object, ...], dict[str, object]]:
+def _build(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     path, _, name = target.rpartition(":")
     if not path or not Path(path).is_file():
         raise _fail(f"{target!r} is not FILE.py:FUNCTION with an existing file")
@@ -74,8 +81,13 @@ def _build(target: str) -> tuple[object, tuple[object, ...], dict[str, object]]:
     built = function()
     if not isinstance(built, tuple) or len(built) not in (2, 3):
         raise _fail(f"{name}() must return (model, args, kwargs) or (model, kwargs)")
-    model, *args, kwargs = built
-    return model, tuple(args[0]) if args else (), dict(kwargs)
+    model, args, kwargs = built if len(built) == 3 else (built[0], (), built[1])
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
+        raise _fail(
+            f"{name}() must return args as a tuple and kwargs as a dict, not "
+            f"{type(args).__name__} and {type(kwargs).__name__}"
+        )
+    return model, tuple(args), dict(kwargs)
 
 
 def _load(path: Path) -> ModuleType:
@@ -83,6 +95,7 @@ def _load(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.resolve().parent))
     spec.loader.exec_module(module)
     return module
 
@@ -120,7 +133,7 @@ def check(
         raise _fail(f"--grid {grid!r} must be 1 to 3 numbers of at least 1")
     problems = policy.check(sizes) if sizes else []
     for problem in problems:
-        errors.print(problem, highlight=False, soft_wrap=True)
+        errors.print(problem, highlight=False, soft_wrap=True, markup=False)
     if problems:
         raise typer.Exit(1)
     print(f"{file}: ok, {len(policy.rules)} rules, phases {', '.join(policy.phases)}")
@@ -142,7 +155,9 @@ def doctor() -> None:
     from gna_compile.providers.cpu import instruction_sets
 
     supported = (2, 11) <= tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
-    console.print(f"torch {torch.__version__}" + ("" if supported else " (supported: 2.11 to 2.13)"))
+    console.print(
+        f"torch {torch.__version__}" + ("" if supported else " (supported: 2.11 to 2.13)")
+    )
     listed = "gna" in torch._dynamo.list_backends()
     console.print(f"backend 'gna' registered: {'yes' if listed else 'no, reinstall gna-compile'}")
     if torch.cuda.is_available():

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve
+from gna_compile.graph.frame import position_ids_outside
+from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, same_grid, times
 from gna_compile.graph.sites import Site
-from gna_compile.policy import LayerFacts, Parameters, Policy, PolicyMismatch, Rule
-from gna_compile.prepare import Stamp
-from gna_compile.providers import Declined, Problem, choose
+from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
+from gna_compile.providers import Declined, Problem, Provider, choose
 from gna_compile.reasons import Reason
+from gna_compile.stamps import Stamp
 
 Size = int | torch.SymInt
 
@@ -35,9 +36,10 @@ class Decision:
         rule: index of the rule that matched, if one did.
         parameters: window, stride, dilation and causal, if the site is rewritten.
         flop_share: share of dense attention's FLOPs that the mask keeps, if a window applies.
+        predicted_speedup: over dense attention, at the example sizes, if the provider is known.
         provider: name of the provider that will run it, if the site is rewritten.
         reason: why the site stays dense; None if it is rewritten.
-        detail: the reason in words, with the values that decided.
+        detail: the reason in words, with the values that decided; a hint if it is rewritten.
     """
 
     site: Site
@@ -46,6 +48,7 @@ class Decision:
     rule: int | None = None
     parameters: Parameters | None = None
     flop_share: float | None = None
+    predicted_speedup: float | None = None
     provider: str = ""
     reason: Reason | None = None
     detail: str = ""
@@ -84,7 +87,31 @@ def decide(
         root: the module whose method is being compiled.
         stamps: the stamps on it and its submodules, by `id` of the module.
     """
-    stamp = _stamp_for(site, root, stamps or {})
+    decision = _decide(site, flow, policy, phase, root, stamps or {})
+    for modules in site.other_calls:
+        layer = modules[-1].name if modules else ""
+        call = replace(site, modules=modules, layer=layer, other_calls=())
+        other = _decide(call, flow, policy, phase, root, stamps or {})
+        if not decision.same_rewrite(other):
+            return Decision(
+                site,
+                decision.layer,
+                decision.layout,
+                reason=Reason.SHARED,
+                detail=f"{decision.layer} and {other.layer} share a subgraph, not a decision",
+            )
+    return decision
+
+
+def _decide(
+    site: Site,
+    flow: TokenFlow,
+    policy: Policy | None,
+    phase: str,
+    root: torch.nn.Module | None,
+    stamps: Mapping[int, Stamp],
+) -> Decision:
+    stamp = _stamp_for(site, root, stamps)
     name = stamp.name if stamp is not None else site.layer
     classes = stamp.classes if stamp is not None else tuple(m.cls for m in site.modules)
     facts: dict[str, Any] = {"site": site, "layer": name}
@@ -97,8 +124,7 @@ def decide(
         policy = stamp.policy if stamp is not None else policy
         if policy is None:
             raise _Dense(Reason.NO_RULE, "no policy reaches this graph: give one, or call prepare")
-        stamped = stamp.layout if stamp is not None else None
-        layout = resolve(site, flow, stamped or policy.layout, policy.global_tokens)
+        layout = _layout(site, flow, stamp, policy)
         grid = layout.grid if isinstance(layout, Layout) else None
         rule = policy.rule_for(LayerFacts(name, classes, site.tokens, grid), phase)
         if rule is None:
@@ -106,10 +132,11 @@ def decide(
         facts["rule"] = rule.index
         if rule.dense:
             raise _Dense(Reason.RULE_DENSE)
-        if stamped is None and rule.layout is not None:
-            layout = resolve(site, flow, rule.layout, rule.global_tokens)
+        layout = _layout(site, flow, stamp, rule)
         if relation == "unknown":
-            raise _Dense(Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens")
+            raise _Dense(
+                Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens"
+            )
         if isinstance(layout, Refusal):
             raise _Dense(layout.reason, layout.detail)
         facts["layout"] = layout
@@ -117,19 +144,67 @@ def decide(
         parameters = _parameters(rule, layout)
         _check_causal(site, layout, parameters)
         facts["flop_share"] = _check_gain(site, layout, parameters, policy)
-        provider = _provider(site, layout, parameters, policy)
+        problem = _problem(site, layout, parameters)
+        provider = _provider(problem, policy)
+        forecast = provider.forecast(problem)
+        _check_speedup(problem, forecast.speedup, policy)
     except _Dense as dense:
         return Decision(**facts, reason=dense.reason, detail=dense.detail)
-    return Decision(**facts, parameters=parameters, provider=provider)
+    return Decision(
+        **facts,
+        parameters=parameters,
+        predicted_speedup=forecast.speedup,
+        provider=provider.name,
+        detail=forecast.hint,
+    )
 
 
 def _stamp_for(
     site: Site, root: torch.nn.Module | None, stamps: Mapping[int, Stamp]
 ) -> Stamp | None:
-    for identity in reversed([id(root), *(module.id for module in site.modules)]):
-        if identity in stamps:
-            return stamps[identity]
-    return None
+    """The stamp on the innermost module around the site that has one."""
+    for ref in reversed(site.modules):
+        if ref.id in stamps:
+            return stamps[ref.id]
+        if ref.id == 0 and root is not None and _has_submodule(root, ref.name):
+            stamp = stamps.get(id(root.get_submodule(ref.name)))
+            if stamp is not None:
+                return stamp
+    return stamps.get(id(root))
+
+
+def _has_submodule(root: torch.nn.Module, name: str) -> bool:
+    try:
+        root.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _layout(
+    site: Site, flow: TokenFlow, stamp: Stamp | None, declaring: Policy | Rule
+) -> Layout | Refusal:
+    """The layout by `prepare`, the policy or its rule, or the graph; what ids show must agree."""
+    declared = declaring.layout
+    if stamp is not None:
+        declared = stamp.layout or declared
+        ids_grid = stamp.ids_grid
+        if ids_grid is not None and declared is None:
+            declared = DeclaredLayout(ids_grid)
+        elif ids_grid is not None and declared and not same_grid(ids_grid, declared.grid):
+            return Refusal(
+                Reason.LAYOUT_MISMATCH,
+                f"declared is the grid {times(declared.grid)}, position ids show {times(ids_grid)}",
+            )
+    elif declared is not None and isinstance(flow.layout(site), Refusal):
+        ids = position_ids_outside()
+        if ids is not None:
+            return Refusal(
+                Reason.LAYOUT_UNKNOWN,
+                f"a grid is declared, but {ids} outside this graph decides on the grid at every "
+                "call: use gna_compile.prepare(model, policy)",
+            )
+    return resolve(site, flow, declared, declaring.global_tokens)
 
 
 def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
@@ -173,9 +248,18 @@ def _check_causal(site: Site, layout: Layout, parameters: Parameters) -> None:
         raise _Dense(Reason.CAUSAL)
 
 
-def _check_gain(
-    site: Site, layout: Layout, parameters: Parameters, policy: Policy
-) -> float | None:
+def _check_speedup(problem: Problem, predicted: float | None, policy: Policy) -> None:
+    """The forecast is for the example sizes only, and other sizes get no guard."""
+    if predicted is not None and predicted < policy.min_speedup:
+        bound = 1 / problem.neighborhood.flop_share
+        raise _Dense(
+            Reason.SLOWDOWN,
+            f"predicted speedup {predicted:.2f}x (FLOP bound {bound:.2f}x) is below "
+            f"min_speedup {policy.min_speedup:g}",
+        )
+
+
+def _check_gain(site: Site, layout: Layout, parameters: Parameters, policy: Policy) -> float | None:
     if bool(site.tokens < policy.min_tokens):
         raise _Dense(Reason.TOO_FEW_TOKENS, f"{site.tokens} < min_tokens {policy.min_tokens}")
     pairs = _visible_pairs(layout, parameters)
@@ -212,9 +296,9 @@ def _neighborhood(layout: Layout, parameters: Parameters) -> Neighborhood:
         raise _Dense(Reason.LAYOUT_MISMATCH, str(error)) from None
 
 
-def _provider(site: Site, layout: Layout, parameters: Parameters, policy: Policy) -> str:
+def _problem(site: Site, layout: Layout, parameters: Parameters) -> Problem:
     assert site.query is not None and site.key is not None and site.value is not None
-    problem = Problem(
+    return Problem(
         device=site.device.type,
         dtype=site.dtype,
         batch=hint(site.batch),
@@ -227,11 +311,14 @@ def _provider(site: Site, layout: Layout, parameters: Parameters, policy: Policy
         key_strides=_strides(site.key, transposed=site.key_transposed),
         value_strides=_strides(site.value),
     )
+
+
+def _provider(problem: Problem, policy: Policy) -> Provider:
     provider = choose(problem, allow_slow=policy.allow_slow_providers)
     if isinstance(provider, Declined):
         reasons = "; ".join(f"{name}: {why}" for name, why in provider.reasons.items())
         raise _Dense(Reason.NO_FAST_PROVIDER, reasons)
-    return provider.name
+    return provider
 
 
 def _strides(node: torch.fx.Node, transposed: bool = False) -> tuple[int, ...]:

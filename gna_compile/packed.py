@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from gna_compile.graph.layouts import Layout, grid_from_ids
+from gna_compile.graph.layouts import Layout, same_grid, times
+from gna_compile.graph.position_ids import grid_from_ids
 from gna_compile.lower import Lowered
-from gna_compile.prepare import SeenTensor, restamp, stamp_of
+from gna_compile.stamps import SeenTensor, restamp, stamp_of
 
 log = logging.getLogger("gna_compile")
 
-IdsCheck = tuple[int, tuple[int, ...]]
+IdsCheck = tuple[int, tuple[Any, ...]]
 """Position of an ids tensor among a graph's inputs, and the grid that its values must show."""
 
 
@@ -52,36 +53,41 @@ class CheckedAgainstIds:
     ) -> None:
         self._rewritten, self._dense, self._checks = rewritten, dense, checks
         self._root = weakref.ref(root) if root is not None else lambda: None
-        self._seen: dict[int, SeenTensor] = {}
+        self._seen: dict[int, tuple[SeenTensor, tuple[int, ...] | None]] = {}
+        self._warned: set[tuple[int, ...] | None] = set()
 
     def __call__(self, *inputs: Any) -> Any:
         for index, grid in self._checks:
-            if not self._holds(index, grid, inputs[index]):
+            shown = self._shown(index, inputs[index])
+            if shown is None or not same_grid(shown, grid):
+                self._report(shown, grid)
                 return self._dense(inputs)(*inputs)
         return self._rewritten(*inputs)
 
-    def _holds(self, index: int, grid: tuple[int, ...], ids: torch.Tensor) -> bool:
+    def _shown(self, index: int, ids: torch.Tensor) -> tuple[int, ...] | None:
+        """The grid in the values of `ids`, read once for each new tensor."""
         seen = self._seen.get(index)
-        if seen is not None and seen.is_same(ids):
-            return True
-        shown = grid_from_ids(ids)
-        if shown == grid:
-            self._seen[index] = SeenTensor(ids)
-            return True
+        if seen is None or not seen[0].is_same(ids):
+            seen = self._seen[index] = SeenTensor(ids), grid_from_ids(ids)
+        return seen[1]
+
+    def _report(self, shown: tuple[int, ...] | None, grid: tuple[int, ...]) -> None:
         root = self._root()
         prepared = root is not None and any(stamp_of(m) is not None for m in root.modules())
         if prepared and root is not None:
             restamp(root, shown)
+        if shown in self._warned:
+            return
+        self._warned.add(shown)
         log.warning(
-            "position ids show the grid %s, this graph was built for %s: running dense%s",
-            shown,
-            grid,
+            "position ids show %s, this graph was built for the grid %s: running dense%s",
+            "no grid" if shown is None else f"the grid {times(shown)}",
+            times(grid),
             ", the next call recompiles"
             if prepared
             else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
             "when the grid changes",
         )
-        return False
 
 
 def dense_when_needed(

@@ -6,15 +6,15 @@ no recompilation, no guard. The current phase belongs to the calling thread (or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from gna_compile.policy import DEFAULT_PHASE as DEFAULT
-from gna_compile.policy import load_policy
+from gna_compile.policy import DEFAULT_PHASE, load_policy
 
-_current: ContextVar[str] = ContextVar("gna_phase", default=DEFAULT)
+_declared: set[str] = {DEFAULT_PHASE}
+_current: ContextVar[str] = ContextVar("gna_phase", default=DEFAULT_PHASE)
 
 
 def current_phase() -> str:
@@ -25,7 +25,8 @@ def current_phase() -> str:
 def set_phase(name: str) -> None:
     """Switches the calling thread to the phase `name`, for every compiled model it runs.
 
-    A model whose policy has no such phase raises `ValueError` at its next call.
+    A model whose policy has no such phase runs its default phase if another loaded policy has it;
+    if none has, the model's next call raises `ValueError`.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"a phase is a non-empty string, not {name!r}")
@@ -34,13 +35,37 @@ def set_phase(name: str) -> None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Runs a `with` block in the phase `name` and restores the previous one after it."""
+    """Runs a `with` block in the phase `name` and restores the previous one after it.
+
+    A checkpoint around a compiled model runs it again in the backward pass, in the phase that the
+    thread of the backward pass is in: give such a checkpoint a `context_fn` that sets the phase.
+    """
     before = current_phase()
     set_phase(name)
     try:
         yield
     finally:
         _current.set(before)
+
+
+def declare(names: Iterable[str]) -> None:
+    """Says that a policy in use has these phases."""
+    _declared.update(names)
+
+
+def known_phase(phases: Container[str]) -> str:
+    """The current phase if it is among a policy's `phases`, the default if it is another policy's.
+
+    Raises:
+        ValueError: if no policy in use has the current phase.
+    """
+    current = current_phase()
+    if current in phases:
+        return current
+    if current not in _declared:
+        known = ", ".join(map(repr, sorted(_declared)))
+        raise ValueError(f"no policy in use has a phase {current!r}; there are {known}")
+    return DEFAULT_PHASE
 
 
 class PhaseSchedule:

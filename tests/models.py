@@ -26,6 +26,8 @@ TEXT = 14
 HIDDEN_TEXT = 5
 """How many of them, at the end, a model's text mask hides."""
 TEXT_WIDTH = 32
+OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+"""Under torch 2.11 transformers hands ViT and DINOv2 a mask that hides nothing: they stay dense."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     visible: Tensor,
     key_mask: Tensor | None = None,
     scale: float | None = None,
@@ -100,11 +101,11 @@ def attention(
         if suffix:
             seen[:, :, tokens - suffix :] &= key_mask[:, None, prefix:]
     finite = all(bool(torch.isfinite(x).all()) for x in (query, key, value))
-    return (_all_rows if finite else _row_by_row)(query, key, value, seen, scale)
+    return (_all_rows if finite else _row_by_row)(query, key, value, seen=seen, scale=scale)
 
 
 def _all_rows(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, *, seen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * scale
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
@@ -114,7 +115,7 @@ def _all_rows(
 
 
 def _row_by_row(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, *, seen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     outputs, lses = [], []
     for b in range(query.shape[0]):

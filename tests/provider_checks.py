@@ -66,7 +66,9 @@ def check_poison_reaches_the_rows_that_see_it_and_no_others(
     output, lse = ops.neighborhood_attention(
         *inputs, **GEOMETRY, key_mask=key_mask, return_logsumexp=True
     )
-    expected, expected_lse = oracle.attention(query, key, value, mask, key_mask, prefix=1)
+    expected, expected_lse = oracle.attention(
+        query, key, value, visible=mask, key_mask=key_mask, prefix=1
+    )
     if where != "grad":
         assert not expected.isfinite().all()
         if poison == poison and where == "value":
@@ -78,7 +80,7 @@ def check_poison_reaches_the_rows_that_see_it_and_no_others(
     grads = torch.autograd.grad(output, inputs, tensors["grad"].to(dtype))
     # The second oracle's rows must be taken one by one if the gradient is what is poisoned.
     expected_grads = torch.autograd.grad(
-        oracle._row_by_row(*_repeated(inputs), _seen(mask, key_mask), 0.5)[0],
+        oracle._row_by_row(*_repeated(inputs), seen=_seen(mask, key_mask), scale=0.5)[0],
         inputs,
         tensors["grad"].to(dtype).double(),
     )

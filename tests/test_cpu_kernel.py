@@ -93,7 +93,11 @@ def test_a_large_problem_agrees_with_the_oracle(dtype: torch.dtype) -> None:
     actual = everything(inputs, LARGE, key_mask=key_mask)
     query, key, value = leaves = [x.detach().double().requires_grad_() for x in inputs]
     visible = oracle.mask(**LARGE)
-    expected = list(oracle.attention(query, key, value, visible, key_mask, prefix=LARGE["prefix"]))
+    expected = list(
+        oracle.attention(
+            query, key, value, visible=visible, key_mask=key_mask, prefix=LARGE["prefix"]
+        )
+    )
     grads = [torch.sin(torch.arange(x.numel()).view(x.shape)).double() for x in expected]
     expected += torch.autograd.grad(expected, leaves, grads)
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
@@ -131,7 +135,9 @@ def test_extreme_logits() -> None:
     # Weights of one key only, from logits that exp alone would overflow on.
     query, key, value = inputs_of({"grid": (40,)})
     output = ops.neighborhood_attention(query, key, value, grid=(40,), window=(9,), scale=3000.0)
-    expected, _ = oracle.attention(query, key, value, oracle.mask((40,), (9,)), scale=3000.0)
+    expected, _ = oracle.attention(
+        query, key, value, visible=oracle.mask((40,), (9,)), scale=3000.0
+    )
     assert isinstance(output, Tensor)
     torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-3)
 
@@ -140,7 +146,7 @@ def test_extreme_logits() -> None:
 def test_head_sizes(head_dim: int) -> None:
     geometry: dict[str, Any] = {"grid": (9, 11), "window": (4, 5)}
     query, key, value = inputs = inputs_of(geometry, heads=2, kv_heads=1, head_dim=head_dim)
-    expected, expected_lse = oracle.attention(query, key, value, oracle.mask(**geometry))
+    expected, expected_lse = oracle.attention(query, key, value, visible=oracle.mask(**geometry))
     output, lse, *_ = everything(inputs, geometry)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from gna_compile import providers
 from gna_compile.flops import attention_flops
 from gna_compile.geometry import Neighborhood
 from gna_compile.ops import neighborhood_attention
-from gna_compile.providers import Problem
+from gna_compile.providers import Forecast, Problem
 
 SDPA: Any = torch.nn.functional.scaled_dot_product_attention
 FORWARD, BACKWARD = torch.ops.gna.attention.v1, torch.ops.gna.attention_backward.v1
@@ -514,6 +514,9 @@ def test_no_provider_names_every_reason(monkeypatch: pytest.MonkeyPatch) -> None
 
         def supports(self, problem: Problem) -> str:
             return f"never takes {problem.head_dim}"
+
+        def forecast(self, problem: Problem) -> Forecast:
+            return Forecast()
 
         def forward(self, *_: Any) -> None:
             raise AssertionError("not called here")

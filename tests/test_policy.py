@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gna_compile.geometry import Neighborhood
+from gna_compile.planner import Workload, plan, speedups
 from gna_compile.policy import (
     LayerFacts,
     Parameters,
@@ -33,6 +34,7 @@ from gna_compile.policy import (
 )
 from gna_compile.policy.rules import layer_index
 from gna_compile.reasons import Reason
+from gna_compile.simulate.cases import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = {"dense": True}
@@ -685,8 +687,7 @@ def test_symbolic_grids_stay_symbolic() -> None:
         policy = make({"tokens": {"min": 50}, "window": 3})
         tokens = grid[0] * grid[1] * grid[2]
         assert policy.rule_for(LayerFacts("a", tokens=tokens, grid=grid)) is not None
-        left = make({"window": 3}, layout={"grid": [4, 4]}, global_tokens="prefix").rules[0]
-        seen.append((grid, rule.parameters(grid), plain.parameters(grid), left.placement(tokens)))
+        seen.append((grid, rule.parameters(grid), plain.parameters(grid)))
         return gm.forward
 
     torch._dynamo.reset()
@@ -694,41 +695,13 @@ def test_symbolic_grids_stay_symbolic() -> None:
     for shape in ((7, 30, 52), (9, 44, 80)):
         compiled(torch.zeros(shape))
     assert len(seen) == 1  # one graph serves both
-    grid, found, fixed, left = seen[0]
-    assert all(isinstance(size, torch.SymInt) for size in (*grid, *found.window, left.prefix))
+    grid, found, fixed = seen[0]
+    assert all(isinstance(size, torch.SymInt) for size in (*grid, *found.window))
     assert [size.node.hint for size in found.window] == [7, 8, 26]
     assert fixed.window == (4, 5, 6)
-    assert left.prefix.node.hint == 7 * 30 * 52 - 16
 
 
 # Declared layouts
-
-
-@pytest.mark.parametrize(
-    ("keys", "tokens", "expected"),
-    [
-        ({"layout": {"grid": [4, 8]}}, 32, ((4, 8), 0, 0)),
-        ({"layout": {"grid": [4, 8]}}, 33, None),
-        ({"layout": {"grid": [4, 8]}}, 31, None),
-        ({"layout": {"grid": [4, 8], "prefix": 5}}, 37, ((4, 8), 5, 0)),
-        ({"layout": {"grid": [4, 8], "prefix": 5}}, 38, None),
-        ({"layout": {"grid": [4, 8], "prefix": 1, "suffix": 2}}, 35, ((4, 8), 1, 2)),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "prefix"}, 40, ((4, 8), 8, 0)),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "suffix"}, 40, ((4, 8), 0, 8)),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "suffix"}, 32, ((4, 8), 0, 0)),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "prefix"}, 31, None),
-        ({"layout": {"grid": [4, 8]}, "global_tokens": "none"}, 40, None),
-        ({"layout": {"grid": [4, 8], "prefix": 5}, "global_tokens": "prefix"}, 40, None),
-    ],
-)
-def test_placement(keys: dict[str, Any], tokens: int, expected: Any) -> None:
-    rule = make({"window": 3}, **keys).rules[0]
-    if expected is not None:
-        assert rule.placement(tokens) == expected
-        return
-    with pytest.raises(PolicyMismatch, match=f"does not have the site's {tokens} tokens") as caught:
-        rule.placement(tokens)
-    assert caught.value.reason is Reason.LAYOUT_MISMATCH
 
 
 def test_rules_override_the_policy() -> None:
@@ -743,7 +716,6 @@ def test_rules_override_the_policy() -> None:
     assert facts == [("global_tokens", "prefix"), (None, "suffix")]
     grids = [rule.layout.grid for rule in policy.rules if rule.layout]
     assert grids == [(4,), (9,)]
-    assert make({"window": 2}).rules[0].placement(7) is None
 
 
 # Checking against a grid
@@ -814,6 +786,11 @@ BOUND = re.compile(
     r"^# flop-bound: (\S+) on (\d+(?:x\d+)*)(?: prefix (\d+))?(?: suffix (\d+))? = (\d+\.\d\d)$",
     re.MULTILINE,
 )
+# The line after each bound.
+PREDICTED = re.compile(
+    r"^# flop-bound: (\S+) on .*\n# predicted: sm90 (\S+), sm100 (\S+), with (\d+) heads of (\d+)$",
+    re.MULTILINE,
+)
 
 
 def test_the_shipped_policies_are_the_documented_ones() -> None:
@@ -850,9 +827,30 @@ def test_the_bounds_in_shipped_comments_are_right(name: str) -> None:
         found = Neighborhood.of(grid, *parameters, prefix=int(prefix or 0), suffix=int(suffix or 0))
         assert f"{1 / found.flop_share:.2f}" == bound
         if rule.layout:
-            assert rule.placement(found.tokens) == (grid, found.prefix, found.suffix)
+            around = (rule.layout.prefix or 0, rule.layout.suffix or 0)
+            assert (rule.layout.grid, *around) == (grid, found.prefix, found.suffix)
         covered.add(rule.index)
     assert covered == {rule.index for rule in policy.rules if not rule.dense}
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_the_predictions_in_shipped_comments_are_right(name: str) -> None:
+    policy, text, model = load_policy(name), policy_text(name), MODELS[name]
+    bounds, predictions = BOUND.findall(text), PREDICTED.findall(text)
+    assert [bound[0] for bound in bounds] == [layer for layer, *_ in predictions]
+    for (layer, grid_text, prefix, suffix, _), (_, *printed, heads, size) in zip(
+        bounds, predictions, strict=True
+    ):
+        grid = tuple(int(length) for length in grid_text.split("x"))
+        assert (grid, str(model.heads), str(model.head_dim)) == (model.grid, heads, size)
+        rule = policy.rule_for(LayerFacts(layer, grid=grid))
+        assert rule is not None
+        found = Neighborhood.of(grid, *rule.parameters(grid), int(prefix or 0), int(suffix or 0))
+        masked = rule.key_mask is not None and found.global_tokens > 0
+        assert model.key_mask == (rule.key_mask is not None)
+        workload = Workload(found, model.heads, model.head_dim, key_mask=masked)
+        plans = [plan(workload, architecture) for architecture in ("sm90", "sm100")]
+        assert printed == [f"{speedups(cut).predicted:.2f}" for cut in plans]
 
 
 @pytest.mark.parametrize(
@@ -936,3 +934,8 @@ def test_shipped_globs_meet_the_layers_of_real_models(name: str, sparse: int, de
     effects = [policy.rule_for(LayerFacts(layer)) for layer in layers]
     rewritten = [rule for rule in effects if rule is not None and not rule.dense]
     assert (len(rewritten), len(layers) - len(rewritten)) == (sparse, dense)
+
+
+def test_the_docs_list_every_reason() -> None:
+    text = (ROOT / "docs" / "decisions.md").read_text()
+    assert [code for code in Reason if f"\n| `{code.value}` |" not in text] == []

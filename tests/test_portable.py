@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gna_compile import providers
 from gna_compile.geometry import Axis, Neighborhood
-from gna_compile.providers import Declined, Problem, boxes, choose, portable
+from gna_compile.providers import Declined, Forecast, Problem, boxes, choose, portable
 from gna_compile.providers.portable import Portable
 
 WAYS = ["fused", "exact"]
@@ -238,6 +238,9 @@ class Picky:
 
     def supports(self, problem: Problem) -> str | None:
         return None if problem.head_dim == 8 else f"head size {problem.head_dim} is not 8"
+
+    def forecast(self, problem: Problem) -> Forecast:
+        return Forecast()
 
     def forward(self, *_: Any) -> None:
         raise AssertionError("not called here")

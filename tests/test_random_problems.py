@@ -190,7 +190,15 @@ def check(problem: RandomProblem) -> None:
         scale=problem.scale,
         return_logsumexp=True,
     )
-    expected = oracle.attention(query, key, value, visible, key_mask, problem.scale, problem.prefix)
+    expected = oracle.attention(
+        query,
+        key,
+        value,
+        visible=visible,
+        key_mask=key_mask,
+        scale=problem.scale,
+        prefix=problem.prefix,
+    )
     of_output, of_grads, of_lse = TOLERANCE[problem.dtype]
     assert outputs[0].dtype == problem.dtype
     assert error(outputs[0], expected[0]) < of_output, problem

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import OLD_TORCH
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -1147,6 +1148,8 @@ def vision_model(family: str, implementation: str) -> nn.Module:
     [("ViT", "sdpa"), ("ViT", "eager"), ("CLIP", "eager"), ("DINOv2", "eager")],
 )
 def test_transformers_vision_models(family: str, implementation: str) -> None:
+    if OLD_TORCH and family in ("ViT", "DINOv2"):
+        pytest.skip("transformers gives it a mask under this torch")
     model = vision_model(family, implementation)
     with torch.no_grad():
         graphs = capture(model, torch.randn(2, 3, 32, 32))

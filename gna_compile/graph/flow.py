@@ -124,7 +124,7 @@ class Walk:
             for _, body in bodies:
                 self.run(body, None)
             if name == "flex_attention":
-                query, value = known.get(node.args[0]), known.get(node.args[2])
+                query, _, value = (known.get(operand) for operand in node.all_input_nodes[:3])
                 if isinstance(query, tuple) and isinstance(value, tuple):
                     result = [(*query[:-1], value[-1]), query[:-1]]
         return result

@@ -7,18 +7,62 @@ frame, and the guard on the stamp is installed here.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+
+from gna_compile.graph.position_ids import may_be_ids
 
 
 def root_module() -> torch.nn.Module | None:
     """The module whose method is being compiled, or None (a free function, a resumed frame)."""
+    root = _locals().get("self")
+    return root if isinstance(root, torch.nn.Module) else None
+
+
+def frame_modules() -> list[torch.nn.Module]:
+    """The modules that the compiled code can name: its variables, and attributes of its `self`."""
+    found = [*_locals().values()]
+    owner = _locals().get("self")
+    if not isinstance(owner, torch.nn.Module):
+        found += vars(owner).values() if hasattr(owner, "__dict__") else []
+    translator = _translator()
+    if translator is not None:
+        found += [translator.f_globals.get(name) for name in translator.f_code.co_names]
+    return [value for value in found if isinstance(value, torch.nn.Module)]
+
+
+def position_ids_outside() -> str | None:
+    """Name of a variable of the code around the compiled graph that holds position ids, if any.
+
+    A graph that is one part of a model (a block, or what follows a graph break) need not have the
+    position ids among its inputs, though their values decide on which grid its tokens lie.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in ("torch", "gna_compile"):
+            for name, value in frame.f_locals.items():
+                if isinstance(value, torch.Tensor) and may_be_ids(name, value):
+                    return name
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _locals() -> Mapping[str, Any]:
+    translator = _translator()
+    return {} if translator is None else translator.f_locals
+
+
+def _translator() -> Any:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        root = InstructionTranslator.current_tx().f_locals.get("self")
+        return InstructionTranslator.current_tx()
     except AttributeError:  # called outside Dynamo
         return None
-    return root if isinstance(root, torch.nn.Module) else None
 
 
 def guard_root_attribute(name: str) -> None:

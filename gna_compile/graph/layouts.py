@@ -19,11 +19,9 @@ from torch import fx
 from gna_compile.graph.align import agree, product
 from gna_compile.graph.axes import Axes, Dim, Grid, Shape
 from gna_compile.graph.flow import Walk
-from gna_compile.graph.position_ids import grid_from_ids, may_be_ids
+from gna_compile.graph.position_ids import grid_from_ids, may_be_ids, name_of
 from gna_compile.graph.values import Size, holds, is_known
 from gna_compile.reasons import Reason
-
-__all__ = ["Layout", "Refusal", "TokenFlow", "grid_from_ids", "resolve"]
 
 MAX_AXES = 3
 
@@ -55,7 +53,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens: its size, and its grid if the graph shows one."""
+    """A run of tokens: its size, its grid if the graph shows one, and position ids indexed by it."""
 
     size: Size
     grid: tuple[Size, ...] | None = None
@@ -118,7 +116,7 @@ class TokenFlow:
             if (
                 isinstance(value, torch.Tensor)
                 and isinstance(shape, tuple)
-                and may_be_ids(node, value)
+                and may_be_ids(node.name, value)
             ):
                 self._values[node] = value
                 tokens = self._axes.find(shape[-2])
@@ -145,6 +143,17 @@ class TokenFlow:
         except _Unclear:
             return []
 
+    def ids_without_grid(self, site: AnySite) -> list[tuple[Size, str]]:
+        """Size of each run of tokens whose position ids are no raster, and the ids' name."""
+        try:
+            return [
+                (segment.size, name_of(segment.ids))
+                for segment in self._segments(site)
+                if segment.grid is None and segment.ids is not None
+            ]
+        except _Unclear:
+            return []
+
     def layout(self, site: AnySite) -> Layout | Refusal:
         """The layout that the graph shows, or why it shows none."""
         if site.query is None or site.key is None:
@@ -156,11 +165,6 @@ class TokenFlow:
             except _Unclear as unclear:
                 self._layouts[name] = Refusal(Reason.LAYOUT_UNKNOWN, str(unclear))
         return self._layouts[name]
-
-    def why(self, site: AnySite) -> str:
-        """Why a site has no layout; "" if it has one."""
-        layout = self.layout(site)
-        return layout.detail if isinstance(layout, Refusal) else ""
 
     # One subgraph may be called several times; then what follows is asked once per call.
 
@@ -189,7 +193,7 @@ class TokenFlow:
         if not on_grid:
             raise _Unclear(Reason.LAYOUT_UNKNOWN.meaning)
         if len(on_grid) > 1:
-            grids = " and ".join(_times(segments[i].grid or ()) for i in on_grid)
+            grids = " and ".join(times(segments[i].grid or ()) for i in on_grid)
             raise _Unclear(f"the tokens are several grids one after another: {grids}")
         (index,) = on_grid
         segment = segments[index]
@@ -231,7 +235,7 @@ class TokenFlow:
             return parts
         grids = [part.grid for part in parts if part.grid is not None]
         if grids:
-            both = " and as ".join(_times(grid) for grid in (whole.grid, *grids))
+            both = " and as ".join(times(grid) for grid in (whole.grid, *grids))
             raise _Unclear(f"the tokens are used as {both}")
         return [whole]
 
@@ -240,7 +244,7 @@ class TokenFlow:
         shown = [grid for grid in dim.grids if self._counts(grid)]
         if len(shown) > 1:
             both = " and as ".join(
-                _times([self._axes.find(f).size for f in grid.factors]) for grid in shown
+                times([self._axes.find(f).size for f in grid.factors]) for grid in shown
             )
             raise _Unclear(f"the tokens are used as {both}, and both cannot be their grid")
         if not shown:
@@ -255,20 +259,20 @@ class TokenFlow:
             leaf.size for leaf in leaves
         )
         if len(sizes) > MAX_AXES:
-            raise _Unclear(f"the tokens lie on {len(sizes)} axes, {_times(sizes)}")
+            raise _Unclear(f"the tokens lie on {len(sizes)} axes, {times(sizes)}")
         return Segment(dim.size, sizes, f"graph: {grid.source}")
 
     def _shown_by_ids(self, dim: Dim) -> Segment:
         shown = [(grid, node) for node in dim.ids if (grid := self._grid_of(node)) is not None]
         if not shown:
-            return Segment(dim.size)
+            return Segment(dim.size, ids=dim.ids[0] if dim.ids else None)
         grid, node = shown[0]
         for other, rival in shown[1:]:
             if other != grid:
                 raise _Unclear(
-                    f"{node.name} shows the grid {_times(grid)}, {rival.name} {_times(other)}"
+                    f"{name_of(node)} shows the grid {times(grid)}, {name_of(rival)} {times(other)}"
                 )
-        return Segment(dim.size, grid, f"values of {node.name}", node)
+        return Segment(dim.size, grid, f"values of {name_of(node)}", node)
 
     def _grid_of(self, ids: fx.Node) -> tuple[int, ...] | None:
         if ids not in self._grids:
@@ -289,12 +293,12 @@ class TokenFlow:
     def _leaves(self, grid: Grid) -> Shape:
         """The axes that a grid's factors were merged from: (T * H, W) is (T, H, W).
 
-        An axis of space by itself stays whole, though a model may cut it into windows.
+        An axis that is merely split, or one of space, stays whole: a model may cut it into windows.
         """
         leaves: list[Dim] = []
         for factor in grid.factors:
             factor = self._axes.find(factor)
-            inner = [] if factor.is_spatial else [g for g in factor.grids if self._counts(g)]
+            inner = [] if factor.is_spatial else [g for g in factor.grids if g.is_merged]
             leaves.extend(self._leaves(inner[0]) if len(inner) == 1 else (factor,))
         return tuple(leaves)
 
@@ -326,10 +330,15 @@ def resolve(
     if isinstance(placed, Refusal):
         return placed
     prefix, suffix = placed
+    for size, name in flow.ids_without_grid(site):
+        if holds(size == math.prod(grid)):
+            return Refusal(
+                Reason.LAYOUT_MISMATCH, f"declared is the grid {times(grid)}, {name} shows none"
+            )
     ids = None
     if isinstance(shown, Layout):
         theirs = (shown.grid, shown.prefix, shown.suffix)
-        if not _same_grid(shown.grid, grid) or not holds(shown.prefix == prefix):
+        if not same_grid(shown.grid, grid) or not holds(shown.prefix == prefix):
             return Refusal(
                 Reason.LAYOUT_MISMATCH,
                 f"declared is {_words(grid, prefix, suffix)}, "
@@ -384,7 +393,7 @@ def _placed(
         return Refusal(
             Reason.LAYOUT_MISMATCH,
             f"declared is `global_tokens: {global_tokens}`, but the tokens of the grid "
-            f"{_times(grid)} have {prefix} before and {suffix} after them",
+            f"{times(grid)} have {prefix} before and {suffix} after them",
         )
     return prefix, suffix
 
@@ -397,8 +406,8 @@ def _miscounted(site: AnySite, grid: Sequence[Size], prefix: Size, suffix: Size)
     )
 
 
-def _same_grid(shown: Sequence[Size], declared: Sequence[int]) -> bool:
-    """Whether two grids are one but for leading axes of length 1."""
+def same_grid(shown: Sequence[Size], declared: Sequence[Size]) -> bool:
+    """Whether two grids are one but for leading axes of length 1; guards symbols to be equal."""
     ours, theirs = _without_units(shown), _without_units(declared)
     return len(ours) == len(theirs) and all(
         holds(one == other) for one, other in zip(ours, theirs, strict=True)
@@ -435,10 +444,11 @@ def _sum(sizes: Sequence[Size]) -> Size:
     return total
 
 
-def _times(grid: Sequence[Size]) -> str:
+def times(grid: Sequence[Size]) -> str:
+    """Sizes as text: 30×48×80."""
     return "×".join(map(str, grid))
 
 
 def _words(grid: Sequence[Size], prefix: Size, suffix: Size) -> str:
     around = f" with prefix {prefix} and suffix {suffix}"
-    return f"the grid {_times(grid)}{around}"
+    return f"the grid {times(grid)}{around}"

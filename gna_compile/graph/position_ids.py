@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import fx
@@ -11,9 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 COLUMNS = (3, 4)  # t, h, w, and l (place in a sequence) in newer models
 
 
-def may_be_ids(node: fx.Node, value: torch.Tensor) -> bool:
-    """Whether a graph input may hold position ids: by its name and its shape [.., tokens, 3 or 4]."""
-    return "ids" in node.name and value.ndim in (2, 3) and value.shape[-1] in COLUMNS
+def may_be_ids(name: str, value: torch.Tensor) -> bool:
+    """Whether a tensor may hold position ids: by its name and its shape [.., tokens, 3 or 4]."""
+    return "ids" in name and value.ndim in (2, 3) and value.shape[-1] in COLUMNS
+
+
+def name_of(node: fx.Node) -> str:
+    """The model's own name of an ids input: `img_ids` of Dynamo's `l_kwargs_img_ids_`."""
+    found = re.search(r"(?:[a-z]+_)?ids", node.name)
+    return found.group() if found else node.name
 
 
 def grid_from_ids(ids: torch.Tensor) -> tuple[int, ...] | None:

@@ -73,7 +73,8 @@ def _replace(
     key_mask = None
     if site.mask is not None:
         key_mask = _key_mask(build, site, layout, sizes, verify_masks)
-    scale = site.scale if site.scale is not None else site.head_dim**-0.5
+    # A symbolic head size is held to its value: the scale is a number in the op.
+    scale = site.scale if site.scale is not None else int(site.head_dim) ** -0.5
     output_order = memory_order(original)
     if three_dimensional:
         output_order = [0 if dim == 0 else dim + 1 for dim in output_order]
@@ -273,9 +274,7 @@ def _evaluate_size(node: fx.Node) -> Any:
     return node.target(*args)  # type: ignore[operator]
 
 
-def copy_with_sites(
-    gm: fx.GraphModule, sites: Sequence[Site]
-) -> tuple[fx.GraphModule, list[Site]]:
+def copy_with_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> tuple[fx.GraphModule, list[Site]]:
     """A copy of `gm` whose graphs can be changed apart from it, and the same sites in the copy.
 
     Parameters and constants are shared, not copied.

@@ -22,7 +22,6 @@ from gna_compile.policy.rules import (
     LayerFacts,
     Parameters,
     Phase,
-    Placement,
     Policy,
     Rule,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "LayerFacts",
     "Parameters",
     "Phase",
-    "Placement",
     "Policy",
     "PolicyError",
     "PolicyMismatch",

@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +83,7 @@ def json_schema() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _shipped() -> dict[str, Path]:
-    folder = Path(str(resources.files("gna_compile"))) / "policies"
+    folder = Path(__file__).resolve().parent.parent / "policies"
     return {path.stem: path for path in folder.iterdir() if path.suffix in _SUFFIXES}
 
 

@@ -8,7 +8,6 @@ data (unbacked) cannot be compared: the caller declines them first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -32,14 +31,6 @@ class Parameters(NamedTuple):
     stride: tuple[Size, ...]
     dilation: tuple[Size, ...]
     causal: tuple[bool, ...]
-
-
-class Placement(NamedTuple):
-    """How a site's tokens lie: `prefix` global tokens, the grid in raster order, `suffix` more."""
-
-    grid: tuple[int, ...]
-    prefix: Size
-    suffix: Size
 
 
 @dataclass(frozen=True)
@@ -140,32 +131,6 @@ class Rule:
             grid = self.layout.grid if self.layout else grid
             return grid is not None and len(grid) == self.grid_rank
         return True
-
-    def placement(self, tokens: Size) -> Placement | None:
-        """The declared layout of a site with `tokens` tokens; None if the policy declares none.
-
-        Raises:
-            PolicyMismatch: (layout-mismatch) if the layout does not have that many tokens.
-        """
-        if self.layout is None:
-            return None
-        grid, prefix, suffix = self.layout.grid, self.layout.prefix, self.layout.suffix
-        grid_tokens = math.prod(grid)
-        if prefix is None and suffix is None and self.global_tokens in ("prefix", "suffix"):
-            rest = tokens - grid_tokens
-            if rest >= 0:
-                return (
-                    Placement(grid, rest, 0)
-                    if self.global_tokens == "prefix"
-                    else Placement(grid, 0, rest)
-                )
-        elif (prefix or 0) + grid_tokens + (suffix or 0) == tokens:
-            return Placement(grid, prefix or 0, suffix or 0)
-        around = f" with prefix {prefix or 0} and suffix {suffix or 0}" if prefix or suffix else ""
-        raise PolicyMismatch(
-            Reason.LAYOUT_MISMATCH,
-            f"the policy's layout {_times(grid)}{around} does not have the site's {tokens} tokens",
-        )
 
     def parameters(self, grid: Sequence[Size]) -> Parameters:
         """GNA's parameters on `grid`: ints or SymInts, always legal, one entry per grid axis.

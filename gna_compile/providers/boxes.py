@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -100,6 +100,31 @@ def cut_grid(neighborhood: Neighborhood, mask_rows: int = 1) -> tuple[tuple[Axis
     return tuple(cut.tiles for cut in best)
 
 
+@lru_cache(maxsize=256)
+def predicted_speedup(neighborhood: Neighborhood, mask_rows: int = 1) -> float:
+    """Dense attention's cost over that of the cheapest cut, in the units of the costs above.
+
+    Arguments as for `cut_grid`. Global queries see all tokens in one more tile; global keys come
+    along with every tile's own.
+    """
+    cuts = [_Cut.of(list(tiles)) for tiles in cut_grid(neighborhood, mask_rows)]
+    count, tokens = neighborhood.global_tokens, neighborhood.tokens
+    tiles = math.prod(len(cut.tiles) for cut in cuts)
+    cost = _cost(cuts) + count * (neighborhood.grid_tokens + _GATHERED_KEY * tiles)
+    if count:
+        cost += count * tokens + _TILE
+    return tokens * tokens / cost
+
+
+def _cost(cuts: Sequence[_Cut]) -> float:
+    """Of all tiles of the grid, without global tokens."""
+    pairs = math.prod(cut.pairs for cut in cuts)
+    masked = pairs - math.prod(cut.interior_pairs for cut in cuts)
+    keys = math.prod(cut.keys for cut in cuts)
+    tiles = math.prod(len(cut.tiles) for cut in cuts)
+    return pairs + _MASKED_PAIR * masked + _GATHERED_KEY * keys + _TILE * tiles
+
+
 def _cheapest(
     neighborhood: Neighborhood, mask_rows: int, cuts: list[list[_Cut]]
 ) -> tuple[_Cut, ...] | None:
@@ -112,12 +137,7 @@ def _cheapest(
         keys = math.prod(cut.max_keys for cut in combination) + neighborhood.global_tokens
         if masked and mask_rows * queries * keys > MAX_MASK:
             continue
-        cost = (
-            pairs
-            + _MASKED_PAIR * masked
-            + _GATHERED_KEY * math.prod(cut.keys for cut in combination)
-            + _TILE * math.prod(len(cut.tiles) for cut in combination)
-        )
+        cost = _cost(combination)
         if cost < lowest:
             lowest, best = cost, combination
     return best

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gna_compile.providers.problem import Problem
+from gna_compile.providers.problem import Forecast, Problem
 
 try:
     from gna_compile import _native
@@ -53,6 +53,9 @@ class Cpu:
         if problem.head_dim > _MAX_HEAD_DIM:
             return f"head size {problem.head_dim} is larger than {_MAX_HEAD_DIM}"
         return None
+
+    def forecast(self, problem: Problem) -> Forecast:
+        return Forecast(cpu_tiles.predicted_speedup(problem.neighborhood))
 
     def forward(
         self,

@@ -49,6 +49,15 @@ def pairs(neighborhood: Neighborhood, boxes: Boxes) -> int:
 
 
 @lru_cache(maxsize=256)
+def predicted_speedup(neighborhood: Neighborhood) -> float:
+    """Of the forward over PyTorch's dense attention on a CPU, whose pairs cost as 64 lanes' do."""
+    neighborhood = merged(neighborhood)
+    boxes = choose_boxes(neighborhood).queries
+    lanes = -(-neighborhood.global_tokens // 16) * 16
+    of_globals = lanes * _PAIR_COST[4] * neighborhood.tokens
+    return neighborhood.tokens**2 / (_cost(neighborhood, boxes, of_keys=False) + of_globals)
+
+
 def merged(neighborhood: Neighborhood) -> Neighborhood:
     """The same attention with neighbouring axes that hide nothing joined into one."""
     axes: list[Axis] = []
@@ -67,13 +76,17 @@ def arguments(axis: Axis) -> tuple[int, int, int, int, bool]:
 
 
 def _cheapest(neighborhood: Neighborhood, of_keys: bool) -> tuple[int, ...]:
-    def cost(boxes: tuple[int, ...]) -> float:
-        log2_lanes = sum(boxes)
-        streamed = _streamed(neighborhood, boxes, of_keys)
-        overhead = _TILE * _tiles(neighborhood, boxes)
-        return 2**log2_lanes * _PAIR_COST[log2_lanes] * (streamed + overhead)
+    return min(
+        _candidates(len(neighborhood.axes)), key=lambda boxes: _cost(neighborhood, boxes, of_keys)
+    )
 
-    return min(_candidates(len(neighborhood.axes)), key=cost)
+
+def _cost(neighborhood: Neighborhood, boxes: tuple[int, ...], of_keys: bool) -> float:
+    """Cost of all grid tiles, in (lane, streamed token) pairs at the rate of 64 lanes."""
+    log2_lanes = sum(boxes)
+    streamed = _streamed(neighborhood, boxes, of_keys)
+    overhead = _TILE * _tiles(neighborhood, boxes)
+    return 2**log2_lanes * _PAIR_COST[log2_lanes] * (streamed + overhead)
 
 
 def _candidates(rank: int) -> Iterator[tuple[int, ...]]:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from gna_compile.geometry import Neighborhood
+from gna_compile.providers import boxes
 from gna_compile.providers.boxes import AxisTile, cut_grid
-from gna_compile.providers.problem import Problem
+from gna_compile.providers.problem import Forecast, Problem
 
 _WORKSPACE = 1 << 26
 """Bytes that the buffers of one step aim to stay under; one head of one tile always runs."""
@@ -41,6 +42,12 @@ class Portable:
         if problem.dtype not in _DTYPES:
             return f"takes fp32, fp16, bf16 and fp64, not {problem.dtype}"
         return None
+
+    def forecast(self, problem: Problem) -> Forecast:
+        if problem.device != "cpu":
+            return Forecast()
+        group = problem.heads // problem.kv_heads
+        return Forecast(boxes.predicted_speedup(problem.neighborhood, group))
 
     def forward(
         self,

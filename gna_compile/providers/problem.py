@@ -42,6 +42,19 @@ class Problem:
     value_strides: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a provider expects of a problem before it runs.
+
+    Args:
+        speedup: over dense attention on the problem's device; None where nothing was measured.
+        hint: how the policy could make it faster, in words; "" if there is nothing to say.
+    """
+
+    speedup: float | None = None
+    hint: str = ""
+
+
 class Provider(Protocol):
     """An implementation of the op on some hardware.
 
@@ -62,6 +75,10 @@ class Provider(Protocol):
 
     def supports(self, problem: Problem) -> str | None:
         """Why it cannot run `problem`, in a few words, or None if it can."""
+        ...
+
+    def forecast(self, problem: Problem) -> Forecast:
+        """How fast it will run a problem that it supports, by the costs of what it really does."""
         ...
 
     def forward(

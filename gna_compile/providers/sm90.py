@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gna_compile.geometry import Neighborhood
-from gna_compile.providers import sm90_boxes
+from gna_compile.providers import planned, sm90_boxes
 from gna_compile.providers.portable import Portable
-from gna_compile.providers.problem import Problem
+from gna_compile.providers.problem import Forecast, Problem
 from gna_compile.providers.sm90_library import (
     BF16,
     FP16,
@@ -70,6 +70,9 @@ class Sm90:
             if reason:
                 return f"{name}: {reason}"
         return None
+
+    def forecast(self, problem: Problem) -> Forecast:
+        return planned.forecast(problem, "sm90")
 
     def forward(
         self,
@@ -212,9 +215,9 @@ def _stream(device: int) -> int:
 @lru_cache(maxsize=1024)
 def _native_problem(problem: Problem) -> NativeProblem:
     """All of the problem that does not change from call to call."""
-    planned = _plan(problem.neighborhood)
-    assert planned is not None
-    axes, count = planned
+    cut = _plan(problem.neighborhood)
+    assert cut is not None
+    axes, count = cut
     return NativeProblem(
         _TYPES[problem.dtype],
         problem.batch,

@@ -20,13 +20,14 @@ class Row:
         form: "sdpa", "written-out" or "opaque".
         heads, tokens, head_dim: sizes in the example inputs.
         layout: e.g. "14 + 8x10" (global tokens, then the grid), "" if unknown.
-        layout_source: "graph", "ids" or "declared".
+        layout_source: how the layout is known, as `Layout.source` has it.
         decision: "gna" or "dense".
         window, stride, dilation: e.g. "4x4x4", "" if dense.
         flop_share: share of dense attention's FLOPs that is kept, None if dense.
+        predicted_speedup: over dense attention; None if dense, or if nothing was measured.
         provider: what will run it.
         reason: reason code of a dense site, "" if rewritten.
-        detail: the reason in words.
+        detail: the reason in words; a hint, or "", if rewritten.
     """
 
     phase: str
@@ -44,6 +45,7 @@ class Row:
     dilation: str
     causal: str
     flop_share: float | None
+    predicted_speedup: float | None
     provider: str
     reason: str
     detail: str
@@ -72,6 +74,7 @@ def row_of(phase: str, decision: Decision) -> Row:
         dilation=_times(parameters.dilation) if parameters else "",
         causal=" ".join("causal" if c else "-" for c in parameters.causal) if parameters else "",
         flop_share=decision.flop_share if decision.is_rewritten else None,
+        predicted_speedup=decision.predicted_speedup if decision.is_rewritten else None,
         provider=decision.provider,
         reason=decision.reason.value if decision.reason else "",
         detail=decision.detail,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -15,9 +16,10 @@ from rich.table import Table
 from gna_compile.backend import compile_graph
 from gna_compile.graph.diff import unified_diff
 from gna_compile.options import Options
-from gna_compile.policy import Policy
+from gna_compile.policy import Policy, load_policy
 from gna_compile.report.collect import GraphRecord, collecting, summary
 from gna_compile.report.rows import Row
+from gna_compile.report.table import reasons_in_words, table_of
 
 PolicyLike = str | PathLike[str] | Mapping[str, Any] | Policy | None
 
@@ -41,14 +43,20 @@ class Explanation:
         return table_of(self.rows)
 
     def print(self, console: Console | None = None) -> None:
-        """Prints the table and a line of summary."""
-        console = console or Console()
+        """Prints the table, a line of summary, and why sites stay dense."""
+        console = console or Console(width=None if sys.stdout.isatty() else 100)
         console.print(self.table())
         console.print(summary(self.rows) if self.rows else "no attention sites found")
+        for reason in reasons_in_words(self.rows):
+            console.print(f"  {reason}", highlight=False, markup=False)
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, policy: PolicyLike = None, quiet: bool = False, **kwargs: Any
+    model: Callable[..., Any],
+    *args: Any,
+    policy: PolicyLike = None,
+    quiet: bool = False,
+    **kwargs: Any,
 ) -> Explanation:
     """Runs `model` once, without gradients and without lowering, and says what becomes of each site.
 
@@ -60,6 +68,7 @@ def explain(
 
     Raises:
         PolicyError: if the policy is malformed.
+        RuntimeError: if Dynamo compiles nothing of the model.
     """
     result = Explanation(tuple(_records(model, args, kwargs, policy)))
     if not quiet:
@@ -85,6 +94,7 @@ def graph_diff(
 def _records(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], policy: PolicyLike
 ) -> list[GraphRecord]:
+    policy = None if policy is None else load_policy(policy)
     options = Options(policy=policy, inner="eager")
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -97,26 +107,10 @@ def _records(
     limit = torch._dynamo.config.patch(recompile_limit=2**20)
     with collecting() as records, torch.no_grad(), limit:
         torch.compile(model, backend=backend)(*args, **kwargs)
+    if not records:
+        raise RuntimeError(
+            "Dynamo compiled no graph of this model, so there is nothing to explain. Its code is "
+            "disabled for compilation, or reached torch._dynamo.config.recompile_limit earlier in "
+            "this process: call torch._dynamo.reset() first."
+        )
     return records
-
-
-def table_of(rows: Sequence[Row]) -> Table:
-    """The rows as a rich table."""
-    several_phases = len({row.phase for row in rows}) > 1
-    table = Table(show_edge=False, header_style="bold")
-    names = ["phase"] * several_phases + ["layer", "heads x tokens x size", "layout", "decision"]
-    for name in [*names, "window / stride", "FLOPs kept", "provider", "reason"]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        layout = f"{row.layout} ({row.layout_source})" if row.layout else "-"
-        window = f"{row.window} / {row.stride}" if row.window else "-"
-        if row.window and set(row.dilation) - set("1x"):
-            window += f" dilation {row.dilation}"
-        if "causal" in row.causal:
-            window += f" {row.causal}"
-        share = "-" if row.flop_share is None else f"{row.flop_share:.1%}"
-        cells = [row.layer or "?", f"{row.heads} x {row.tokens} x {row.head_dim}", layout]
-        cells += [row.decision, window, share, row.provider or "-"]
-        reason = f"{row.reason}: {row.detail}" if row.reason else ""
-        table.add_row(*([row.phase] * several_phases), *cells, reason)
-    return table

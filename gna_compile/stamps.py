@@ -18,7 +18,7 @@ import logging
 import re
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gna_compile.graph.layouts import grid_from_ids
+from gna_compile.graph.position_ids import grid_from_ids
 from gna_compile.policy import DeclaredLayout, Policy, load_policy
 
 log = logging.getLogger("gna_compile")
@@ -48,19 +48,22 @@ class Stamp:
     Attributes:
         policy: the policy it was prepared with.
         name: its qualified name in the prepared model.
-        layout: the declared layout of its tokens, if any.
+        classes: class names of the modules from the model down to it.
+        layout: the layout of its tokens that `prepare` was given, if any.
+        ids_grid: the grid that the model's position ids show at present, if it has any.
     """
 
     policy: Policy
     name: str
     classes: tuple[str, ...]
     layout: DeclaredLayout | None
+    ids_grid: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
         """Equal for layers that the policy treats alike whatever their tokens are."""
         rules = self.policy.signature(self.name, self.classes)
-        parts = (self.policy.fingerprint, rules, self.layout)
+        parts = (self.policy.fingerprint, rules, self.layout, self.ids_grid)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -73,8 +76,12 @@ def prepare(
 
     Needed for regional compilation (`model.compile_repeated_blocks(backend="gna")`,
     `block.compile(backend="gna")`) and for packed latents; allowed everywhere. A prepared model
-    needs no `policy` option, so `torch.compile(model, backend="gna", mode=...)` works too. Call
-    it again to change policy or layout: layers whose rule or layout changed are recompiled.
+    needs no `policy` option, so `torch.compile(model, backend="gna", mode=...)` works too.
+
+    Prepare a model before it is first called compiled: Dynamo does not look for hooks added later.
+    From then on, call `prepare` again to change policy or layout: layers whose rule or layout
+    changed are recompiled. The grid of packed latents belongs to the model, so threads that share a
+    prepared model must run one grid at a time.
 
     The stamps are plain attributes and the hooks plain functions: `pickle`, `copy.deepcopy` and
     `state_dict` work as before, and `unprepare` removes everything.
@@ -90,11 +97,19 @@ def prepare(
     policy = load_policy(policy)
     declared = _parse_layout(layout)
     unprepare(model)
-    for name, module, classes in _attention_modules(model):
-        _stamp(module, Stamp(policy, name, classes, declared))
+    for module, stamps in _stamps(model, policy, declared).items():
+        if len({stamp.key for stamp in stamps}) > 1:
+            log.warning(
+                "%s are one module, but the policy has different rules for them: it stays dense. "
+                "Give them one rule.",
+                " and ".join(stamp.name for stamp in stamps),
+            )
+            continue
+        _stamp(module, stamps[0])
         module.register_forward_pre_hook(_read_key)
-    if declared is None and _IDS in inspect.signature(model.forward).parameters:
-        model.register_forward_pre_hook(_follow_ids, with_kwargs=True)
+    for module in model.modules():
+        if _IDS in inspect.signature(module.forward).parameters:
+            module.register_forward_pre_hook(_follow_ids, with_kwargs=True)
     _warn_of_recompile_limit(model)
     return model
 
@@ -125,9 +140,9 @@ def stamp_of(module: nn.Module | None) -> Stamp | None:
     return None if module is None else module.__dict__.get(_STAMP)
 
 
-def stamps_of(root: nn.Module | None) -> dict[int, Stamp]:
-    """All stamps below `root`, by `id` of the module that carries them."""
-    modules = root.modules() if root is not None else ()
+def stamps_below(roots: Iterable[nn.Module]) -> dict[int, Stamp]:
+    """All stamps below these modules, by `id` of the module that carries them."""
+    modules = (module for root in roots for module in root.modules())
     return {id(m): stamp for m in modules if (stamp := stamp_of(m)) is not None}
 
 
@@ -156,19 +171,18 @@ def _follow_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     module.__dict__[_SEEN] = SeenTensor(ids)
 
 
-@torch.compiler.substitute_in_graph(_follow_ids, skip_signature_check=True)  # type: ignore[arg-type]
+@torch.compiler.substitute_in_graph(_follow_ids, skip_signature_check=True)
 def _follow_ids_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
     """Inside a larger graph nothing can be read; the backend's own check then guards the grid."""
-    return None
+    return
 
 
 def restamp(model: nn.Module, grid: tuple[int, ...] | None) -> None:
-    """Gives every stamped layer of `model` this grid, so that Dynamo's guards see the change."""
-    layout = None if grid is None else DeclaredLayout(grid)
+    """Stamps this grid of position ids on every layer, so that Dynamo's guards see the change."""
     for module in model.modules():
         stamp = stamp_of(module)
-        if stamp is not None and stamp.layout != layout:
-            _stamp(module, replace(stamp, layout=layout))
+        if stamp is not None and stamp.ids_grid != grid:
+            _stamp(module, replace(stamp, ids_grid=grid))
 
 
 class SeenTensor:
@@ -194,9 +208,11 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Every module that may hold an attention site: name, module, class names from the root down."""
-    named = dict(model.named_modules())
+def _stamps(
+    model: nn.Module, policy: Policy, declared: DeclaredLayout | None
+) -> dict[nn.Module, list[Stamp]]:
+    """The stamps of every module that may hold an attention site, one for each of its names."""
+    named = dict(model.named_modules(remove_duplicate=False))
     chosen = {name for name, module in named.items() if _is_attention(module)}
     for parent, module in named.items():
         if isinstance(module, nn.ModuleList):
@@ -204,9 +220,11 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple
                 name = f"{parent}.{index}" if parent else str(index)
                 if not any(other == name or other.startswith(f"{name}.") for other in chosen):
                     chosen.add(name)
-    for name in named:
+    stamps: dict[nn.Module, list[Stamp]] = defaultdict(list)
+    for name, module in named.items():
         if name in chosen:
-            yield name, named[name], class_stack(named, name)
+            stamps[module].append(Stamp(policy, name, class_stack(named, name), declared))
+    return stamps
 
 
 def class_stack(named: Mapping[str, nn.Module], name: str) -> tuple[str, ...]:
@@ -232,13 +250,13 @@ def _warn_of_recompile_limit(model: nn.Module) -> None:
         for block in blocks:
             keys = tuple(m.__dict__[KEY] for m in block.modules() if stamp_of(m) is not None)
             graphs[type(block)].add(keys)
-    for block_class, keys in graphs.items():
-        if len(keys) > config.recompile_limit:
+    for block_class, combinations in graphs.items():
+        if len(combinations) > config.recompile_limit:
             log.warning(
                 "%s has %d different combinations of rules, more than "
                 "torch._dynamo.config.recompile_limit = %d: compiled block by block, the rest "
                 "would silently run eagerly. Raise the limit, or compile the whole model.",
                 block_class.__name__,
-                len(keys),
+                len(combinations),
                 config.recompile_limit,
             )

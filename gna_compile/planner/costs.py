@@ -1,0 +1,96 @@
+"""What tiles cost on each architecture: one small table, and the time of a plan by it.
+
+All rates are per clock and per unit (streaming multiprocessor). `docs/planner.md` says where each
+number is from; `clock` is fitted so that dense attention takes as long as it was measured to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The cost table of one architecture.
+
+    Attributes:
+        name: "sm90", ...
+        units: streaming multiprocessors.
+        clock: cycles per nanosecond.
+        flops: of 16-bit matrix work, per clock.
+        exponentials: per clock.
+        mask_elements: elements of a boundary tile that are masked per clock.
+        bytes: between L2 cache and shared memory, per clock.
+        tiles: tokens of a query tile and of a key tile, as the kernel has them.
+    """
+
+    name: str
+    units: int
+    clock: float
+    flops: int
+    exponentials: int
+    mask_elements: float
+    bytes: float
+    tiles: tuple[tuple[int, int], ...]
+
+    def launch(
+        self, query_tile: int, key_tile: int, heads: int, head_dim: int, element_bytes: int
+    ) -> Launch:
+        """The costs of tiles of so many tokens in one launch over `heads` (batch x heads)."""
+        pairs = query_tile * key_tile
+        return Launch(
+            row=2 * query_tile * head_dim * element_bytes / self.bytes,
+            tile=4 * pairs * head_dim / self.flops + pairs / self.exponentials,
+            mask=pairs / self.mask_elements,
+            heads=heads,
+            units=self.units,
+            clock=self.clock,
+        )
+
+
+class Launch(NamedTuple):
+    """Cycles of one unit for the parts of a launch.
+
+    Attributes:
+        row: prologue and epilogue of a query tile: its queries come and its output goes.
+        tile: both matrix products and the softmax of an interior tile, one after the other.
+        mask: what a boundary tile takes on top of that.
+        heads: batch x heads.
+        units, clock: the architecture's.
+    """
+
+    row: float
+    tile: float
+    mask: float
+    heads: int
+    units: int
+    clock: float
+
+    def milliseconds(self, rows: int, visited: int, boundary: int, longest: int) -> float:
+        """Predicted time.
+
+        Query tiles are handed out to the units one by one: it is that of so many waves of the mean
+        query tile as there are, but at least that of the longest one.
+
+        Args:
+            rows: query tiles of one head.
+            visited, boundary: key tiles, summed over them.
+            longest: the most key tiles that one of them visits.
+        """
+        cycles = rows * self.row + visited * self.tile + boundary * self.mask
+        waves = -(-rows * self.heads // self.units)
+        return max(waves * cycles / rows, longest * self.tile) / self.clock * 1e-6
+
+
+# A mask takes 1.8 instructions an element; a unit issues 4 x 32 a clock.
+_MASK_ELEMENTS = 128 / 1.8
+
+ARCHITECTURES = {
+    table.name: table
+    for table in (
+        Architecture("sm90", 132, 1.755, 4096, 16, _MASK_ELEMENTS, 45.0, ((128, 128),)),
+        Architecture("sm100", 148, 1.99, 8192, 16, _MASK_ELEMENTS, 45.0, ((256, 128),)),
+    )
+}
+"""By name. sm90 was measured on an H200; sm100 rests on published B200 times."""
