@@ -1,0 +1,555 @@
+// The forward kernel: one warpgroup prepares and loads, two compute; a block does many query tiles.
+//
+// A query tile is 128 rows, 64 for each computing warpgroup; key tiles are 128 keys. Boxes of the
+// raster grid arrive in shared memory as the swizzled rows that the matrix unit reads, through rank-5
+// tensor maps, so tokens are never permuted. The two warpgroups take turns at the matrix unit, so that
+// one's softmax runs beside the other's products, and a turn holds the scores of a tile and the output
+// of the tile before it, as in FlashAttention-3 (arXiv 2407.08608).
+//
+// Who does what: one warp works out the next query tile (geometry, and what each row sees); one walks
+// its key tiles, judges them for both halves of the rows and has them loaded; one has the values loaded;
+// the computing warps find all decisions in shared memory.
+#pragma once
+
+#include "parameters.cuh"
+#include "ptx.cuh"
+#include "scores.cuh"
+
+namespace gna::sm90 {
+
+// Barriers of a ring of buffers: `full` when filled, `empty` when all its readers have released it.
+struct Ring {
+  uint64_t* full;
+  uint64_t* empty;
+};
+
+// A count of buffers used so far of a ring of `stages`, a power of two.
+template <int stages>
+struct Place {
+  uint32_t count = 0;
+
+  static_assert((stages & (stages - 1)) == 0);
+  __device__ __forceinline__ int stage() const { return static_cast<int>(count % stages); }
+  __device__ __forceinline__ uint32_t parity() const { return count / stages & 1; }
+  __device__ __forceinline__ void advance() { ++count; }
+  __device__ __forceinline__ Place next() const { return {count + 1}; }
+};
+
+template <typename Element, int head_dim>
+struct Forward {
+  using Shape = Layout<head_dim>;
+  static constexpr int boxes = Shape::boxes;
+  static constexpr int stages = Shape::stages;
+  static constexpr int slots = Shape::work_slots;
+  static constexpr int tile_bytes = Shape::tile_bytes;
+  static constexpr int computing_warps = 8;
+
+  const Parameters& parameters;
+  const Problem& problem;
+  uint8_t* shared;
+  KeyRecord* key_records;
+  WorkRecord* work_records;
+  Ring queries, keys, values, works;
+
+  __device__ __forceinline__ Forward(const Parameters& parameters, uint8_t* shared)
+      : parameters(parameters),
+        problem(parameters.problem),
+        shared(shared),
+        key_records(reinterpret_cast<KeyRecord*>(shared + Shape::key_records)),
+        work_records(reinterpret_cast<WorkRecord*>(shared + Shape::work_records)) {
+    auto* barriers = reinterpret_cast<uint64_t*>(shared + Shape::barriers);
+    keys = {barriers, barriers + stages};
+    values = {barriers + 2 * stages, barriers + 3 * stages};
+    queries = {barriers + 4 * stages, barriers + 4 * stages + 1};
+    works = {barriers + 4 * stages + 2, barriers + 4 * stages + 2 + slots};
+  }
+
+  __device__ __forceinline__ void init_barriers() const {
+    for (int stage = 0; stage < stages; ++stage)
+      for (const Ring& ring : {keys, values}) {
+        barrier_init(ring.full + stage, 1);
+        barrier_init(ring.empty + stage, computing_warps);
+      }
+    barrier_init(queries.full, 1);
+    barrier_init(queries.empty, computing_warps);
+    for (int slot = 0; slot < slots; ++slot) {
+      barrier_init(works.full + slot, 1);
+      barrier_init(works.empty + slot, computing_warps + 2);
+    }
+    barrier_init_fence();
+  }
+
+  // This warp is done with a buffer.
+  __device__ __forceinline__ static void release(uint64_t* empty) {
+    if (threadIdx.x % 32 == 0) arrive(empty);
+  }
+
+  // Planning --------------------------------------------------------------------------------------
+
+  // One warp. The query tiles of global tokens, which are the longest, of all heads come first; then
+  // it goes head by head, so that keys stay in the cache.
+  __device__ __forceinline__ void plan() const {
+    const int globals = global_query_tiles(problem);
+    const int grids = grid_query_tiles(problem);
+    const int heads = parameters.batch * parameters.heads;
+    Place<slots> slot;
+    for (int index = blockIdx.x; index < (globals + grids) * heads; index += gridDim.x) {
+      const bool global = index < globals * heads;
+      const int place = global ? index : index - globals * heads;
+      const int head = place / (global ? globals : grids);
+      const int tile = place - head * (global ? globals : grids) + (global ? 0 : globals);
+      wait(works.empty + slot.stage(), slot.parity() ^ 1);
+      if (!plan_tile(work_records[slot.stage()], head, tile)) continue;
+      if (threadIdx.x % 32 == 0) arrive(works.full + slot.stage());
+      slot.advance();
+    }
+    wait(works.empty + slot.stage(), slot.parity() ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      work_records[slot.stage()].done = true;
+      arrive(works.full + slot.stage());
+    }
+  }
+
+  // One warp; false if the tile is empty.
+  __device__ __forceinline__ bool plan_tile(WorkRecord& work, int head, int index) const {
+    const int lane = threadIdx.x % 32;
+    QueryTile& tile = work.tile;
+    const int globals = global_query_tiles(problem);
+    const int in_prefix = tiles_of(problem.prefix, log2_tile);
+    const bool of_grid = index >= globals;
+    if (lane == 0) {
+      work.batch = head / parameters.heads;
+      work.head = head % parameters.heads;
+      work.done = false;
+      tile.part = of_grid ? grid_part : index < in_prefix ? prefix_part : suffix_part;
+      tile.first = (index < in_prefix ? index : index - in_prefix) << log2_tile;
+    }
+    // One axis a lane.
+    bool empty = false;
+    if (lane < max_axes) {
+      tile.axes[lane] = of_grid ? query_axis(problem, lane, place_along(problem, lane, index - globals))
+                                : whole_axis(problem, lane);
+      empty = tile.axes[lane].queries.begin >= tile.axes[lane].queries.end;
+    }
+    __syncwarp();
+    if (__any_sync(full_warp, empty)) return false;
+    // One axis of one half a lane.
+    bool sees_any = true;
+    if (lane < 2 * max_axes) {
+      const int half = lane / max_axes, a = lane % max_axes;
+      const RowsAxis rows = rows_axis(problem, tile, a, half * half_rows, log2_half);
+      work.halves[half][a] = rows;
+      sees_any = rows.sees.begin < rows.sees.end;
+    }
+    const uint32_t blind = ~__ballot_sync(full_warp, sees_any);
+    if (lane < 2) work.has_rows[lane] = (blind >> (max_axes * lane) & 7) == 0;
+    int start = 0;
+#pragma unroll 1
+    for (int a = 0; a < max_axes; ++a) {
+      const int extent = 1 << problem.axes[a].log2_query;
+      const QueryAxis& axis = tile.axes[a];
+#pragma unroll 1
+      for (int at = lane; at < extent; at += 32) {
+        // A row outside the grid is computed like the last one inside, and not stored.
+        const int query = smaller(axis.queries.begin + at, axis.axis.length - 1);
+        work.sees[start + at] = of_grid ? keys_of(axis.axis, query) : axis.keys;
+      }
+      start += extent;
+    }
+    __syncwarp();
+    return true;
+  }
+
+  // Loading ---------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void load_tile(const CUtensorMap& map, int plane, uint64_t* full,
+                                            uint8_t* to, int w, int h, int t) const {
+    arrive_expecting(full, tile_bytes);
+#pragma unroll
+    for (int box = 0; box < boxes; ++box)
+      load_box(map, full, to + box * box_bytes, box * box_columns, w, h, t, plane);
+  }
+
+  __device__ __forceinline__ static int plane_of(const Maps& maps, int batch, int head) {
+    return maps.planes.per_batch * batch + maps.planes.per_head * head;
+  }
+
+  // The coordinate in the grid of a position in the dilation group.
+  __device__ __forceinline__ static int token_of(const QueryAxis& axis, int position) {
+    return axis.group + axis.step * position;
+  }
+
+  __device__ __forceinline__ void load_query(const WorkRecord& work) const {
+    const QueryTile& tile = work.tile;
+    int at[max_axes] = {0, 0, tile.first};
+    if (tile.part == grid_part)
+      for (int a = 0; a < max_axes; ++a)
+        at[a] = token_of(tile.axes[a], tile.axes[a].queries.begin);
+    load_tile(parameters.query.of_part[tile.part],
+              plane_of(parameters.query, work.batch, work.head), queries.full,
+              shared + Shape::query, at[2], at[1], at[0]);
+  }
+
+  __device__ __forceinline__ void load_keys(const Maps& maps, const WorkRecord& work,
+                                            const KeyTile& tile, uint64_t* full,
+                                            uint8_t* to) const {
+    const int plane = plane_of(maps, work.batch, work.head / parameters.heads_per_kv_head);
+    if (tile.part != grid_part) {
+      load_tile(maps.of_part[tile.part], plane, full, to, tile.at[2], 0, 0);
+      return;
+    }
+    const QueryTile& query = work.tile;
+    load_tile(query.part == grid_part ? maps.of_part[grid_part] : maps.undilated, plane, full, to,
+              token_of(query.axes[2], tile.at[2]), token_of(query.axes[1], tile.at[1]),
+              token_of(query.axes[0], tile.at[0]));
+  }
+
+  // The flags of a key tile but for last_tile. Lane 4 h + a has axis a of half h of the rows.
+  __device__ __forceinline__ uint32_t judge(const WorkRecord& work, const RowsAxis& rows,
+                                            int log2_extent, const KeyTile& tile) const {
+    if (tile.part != grid_part) {
+      const bool masked = parameters.key_mask != nullptr ||
+                          tile.at[2] + tile_rows > part_tokens(problem, tile.part);
+      return (masked ? globals_masked : 0) | (work.has_rows[0] ? 0 : skipped) |
+             (work.has_rows[1] ? 0 : skipped << half_bits) |
+             static_cast<uint32_t>(tile.part) << part_shift;
+    }
+    const int axis = threadIdx.x % 4;
+    const int at = axis == 0 ? tile.at[0] : axis == 1 ? tile.at[1] : tile.at[2];
+    const uint32_t missed = ~__ballot_sync(full_warp, meets(rows, at, log2_extent));
+    const uint32_t masked = ~__ballot_sync(full_warp, is_interior(rows, at, log2_extent));
+    return (masked & (axes_masked | axes_masked << half_bits)) | (missed & axes_masked ? skipped : 0) |
+           (missed >> half_bits & axes_masked ? skipped << half_bits : 0);
+  }
+
+  // One warp each; its first lane talks to the copy engine.
+  __device__ __forceinline__ void load_queries_and_keys() const {
+    const int lane = threadIdx.x % 32;
+    const bool leads = lane == 0;
+    const int axis = smaller(lane % 4, max_axes - 1);
+    const int log2_extent = problem.axes[axis].log2_key;
+    Place<stages> key;
+    Place<1> query;
+    for (Place<slots> slot;; slot.advance()) {
+      wait(works.full + slot.stage(), slot.parity());
+      const WorkRecord& work = work_records[slot.stage()];
+      if (work.done) break;
+      wait(queries.empty, query.parity() ^ 1);
+      if (leads) load_query(work);
+      query.advance();
+      const RowsAxis rows = work.halves[lane / 4 % 2][axis];
+      for (KeyWalk walk(work.tile); !walk.done; key.advance()) {
+        const KeyTile tile = walk.tile;
+        uint32_t flags = judge(work, rows, log2_extent, tile);
+        walk.next(problem, work.tile);
+        if (walk.done) flags |= last_tile;
+        wait(keys.empty + key.stage(), key.parity() ^ 1);
+        if (leads) {
+          key_records[key.stage()] = {{tile.at[0], tile.at[1], tile.at[2]}, flags};
+          load_keys(parameters.key, work, tile, keys.full + key.stage(),
+                    shared + Shape::key + key.stage() * tile_bytes);
+        }
+      }
+      __syncwarp();
+      release(works.empty + slot.stage());
+    }
+  }
+
+  __device__ __forceinline__ void load_values() const {
+    const bool leads = threadIdx.x % 32 == 0;
+    Place<stages> value;
+    for (Place<slots> slot;; slot.advance()) {
+      wait(works.full + slot.stage(), slot.parity());
+      const WorkRecord& work = work_records[slot.stage()];
+      if (work.done) break;
+      for (KeyWalk walk(work.tile); !walk.done; walk.next(problem, work.tile), value.advance()) {
+        wait(values.empty + value.stage(), value.parity() ^ 1);
+        if (leads)
+          load_keys(parameters.value, work, walk.tile, values.full + value.stage(),
+                    shared + Shape::value + value.stage() * tile_bytes);
+      }
+      __syncwarp();
+      release(works.empty + slot.stage());
+    }
+  }
+
+  // Computing -------------------------------------------------------------------------------------
+
+  // The two warpgroups take turns, one turn for each key tile, at handing work to the matrix unit.
+  __device__ __forceinline__ static void await_turn(int half) { named_sync<256>(1 + half); }
+  __device__ __forceinline__ static void pass_turn(int half) { named_arrive<256>(2 - half); }
+
+  __device__ __forceinline__ KeyRecord await_keys(const Place<stages>& key) const {
+    wait(keys.full + key.stage(), key.parity());
+    const int4 raw = *reinterpret_cast<const int4*>(key_records + key.stage());
+    return {{raw.x, raw.y, raw.z}, static_cast<uint32_t>(uniform(raw.w))};
+  }
+
+  __device__ __forceinline__ void start_scores(float (&scores)[64], int half, int stage) const {
+    const uint32_t a =
+        matrix_descriptor(shared_address(shared + Shape::query) + half * half_rows * row_bytes, 16);
+    const uint32_t b =
+        matrix_descriptor(shared_address(shared + Shape::key) + stage * tile_bytes, 16);
+    pin(scores);
+    matrix_fence();
+#pragma unroll
+    for (int k = 0; k < head_dim / 16; ++k) {
+      const uint32_t offset = (k / 4 * box_bytes + k % 4 * 32) >> 4;
+      multiply<Element>(scores, a + offset, b + offset, k > 0);
+    }
+    matrix_commit();
+    pin(scores);
+  }
+
+  __device__ __forceinline__ void start_output(float (&output)[head_dim / 2], uint32_t (&weights)[32],
+                                               int stage) const {
+    const uint32_t b =
+        matrix_descriptor(shared_address(shared + Shape::value) + stage * tile_bytes, box_bytes);
+    pin(output);
+    pin(weights);
+    matrix_fence();
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      multiply_add<Element>(output, weights + 4 * k, b + k * (16 * row_bytes >> 4));
+    matrix_commit();
+    pin(output);
+  }
+
+  // Whether this half needs a mask for the tile, and which.
+  __device__ __forceinline__ bool find_mask(const ThreadRows& rows, int batch,
+                                            const KeyRecord& tile, int shift,
+                                            MaskWords& words) const {
+    const uint32_t axes = tile.flags >> shift & axes_masked;
+    if (axes != 0)
+      grid_mask(parameters, rows, tile, axes, words);
+    else if (tile.flags & globals_masked)
+      global_mask(parameters, batch, tile.flags >> part_shift & 3, tile.at[2], words);
+    else
+      return false;
+    return true;
+  }
+
+  // Hides and shifts the scores; whether offsets must be raised.
+  __device__ __forceinline__ static bool hide_and_shift(float (&scores)[64], const ThreadRows& rows,
+                                                        float scale, bool masked,
+                                                        const MaskWords& words) {
+    int limit[2] = {rows.limit[0], rows.limit[1]};
+    if (masked) {
+      hide(scores, words);
+      // A row that sees nothing of the tile needs no offset for it.
+      for (int r = 0; r < 2; ++r) limit[r] = words.any(r) ? limit[r] : INT32_MAX;
+    }
+    return shift_scores(scores, rows, scale, limit);
+  }
+
+  __device__ __forceinline__ void compute(int half) const {
+    const int thread = threadIdx.x % 128;
+    const int row = half * half_rows + thread / 32 * 16 + thread % 32 / 4;
+    const int shift = half * half_bits;
+    const float scale = parameters.scale_log2;
+    Place<stages> key;
+    Place<1> query;
+    Place<slots> slot;
+    if (half == 1) pass_turn(half);
+    while (true) {
+      wait(works.full + slot.stage(), slot.parity());
+      const WorkRecord& work = work_records[slot.stage()];
+      if (uniform(static_cast<int>(work.done))) break;
+      const int batch = work.batch;
+      ThreadRows rows;
+      start_rows(parameters, work, row, rows);
+      float scores[64], output[head_dim / 2], rescale[2];
+      uint32_t weights[32];
+      MaskWords words;
+      bool masked;
+#pragma unroll
+      for (float& x : output) x = 0.0f;
+
+      wait(queries.full, query.parity());
+      KeyRecord tile = await_keys(key), next;
+      bool ended = false;
+      while (true) {
+        while (tile.flags >> shift & skipped) {
+          await_turn(half);
+          pass_turn(half);
+          release(keys.empty + key.stage());
+          wait(values.full + key.stage(), key.parity());
+          release(values.empty + key.stage());
+          key.advance();
+          ended = tile.flags & last_tile;
+          if (ended) break;
+          tile = await_keys(key);
+        }
+        if (ended) {
+          release(queries.empty);
+          break;
+        }
+
+        await_turn(half);
+        start_scores(scores, half, key.stage());
+        pass_turn(half);
+        ended = tile.flags & last_tile;
+        if (!ended) next = await_keys(key.next());
+        masked = find_mask(rows, batch, tile, shift, words);
+        matrix_wait<0>();
+        pin(scores);
+        release(keys.empty + key.stage());
+        if (ended) release(queries.empty);
+        if (hide_and_shift(scores, rows, scale, masked, words)) {
+          raise_offsets<Element>(scores, rows, rescale);
+          scale_rows(output, rescale);
+        }
+        weigh<Element>(scores, rows, weights);
+        Place<stages> value = key;
+        key.advance();
+
+        // The scores of a tile, and the output of the tile before it.
+        while (!ended) {
+          tile = next;
+          if (tile.flags >> shift & skipped) break;
+          await_turn(half);
+          start_scores(scores, half, key.stage());
+          wait(values.full + value.stage(), value.parity());
+          start_output(output, weights, value.stage());
+          pass_turn(half);
+          ended = tile.flags & last_tile;
+          if (!ended) next = await_keys(key.next());
+          masked = find_mask(rows, batch, tile, shift, words);
+          matrix_wait<1>();
+          pin(scores);
+          release(keys.empty + key.stage());
+          if (ended) release(queries.empty);
+          const bool raises = hide_and_shift(scores, rows, scale, masked, words);
+          matrix_wait<0>();
+          pin(output);
+          pin(weights);
+          release(values.empty + value.stage());
+          if (raises) {
+            raise_offsets<Element>(scores, rows, rescale);
+            scale_rows(output, rescale);
+          }
+          weigh<Element>(scores, rows, weights);
+          value = key;
+          key.advance();
+        }
+
+        wait(values.full + value.stage(), value.parity());
+        start_output(output, weights, value.stage());
+        matrix_wait<0>();
+        pin(output);
+        release(values.empty + value.stage());
+        if (ended) break;
+      }
+      query.advance();
+      if (uniform(static_cast<int>(work.has_rows[half]))) finish(output, rows, work, half, row);
+      release(works.empty + slot.stage());
+      slot.advance();
+    }
+    if (thread == 0) wait_stores_read();
+  }
+
+  // The end of a query tile: divides by the sums and stores.
+  __device__ __forceinline__ void finish(float (&output)[head_dim / 2], ThreadRows& rows,
+                                         const WorkRecord& work, int half, int row) const {
+    const int thread = threadIdx.x % 128;
+    const int lane = thread % 32;
+    float sums[2] = {rows.sum[0], rows.sum[1]};
+    row_reduce(sums, [](float a, float b) { return a + b; });
+    const float inverse[2] = {sums[0] == 0.0f ? 0.0f : __fdividef(1.0f, sums[0]),
+                              sums[1] == 0.0f ? 0.0f : __fdividef(1.0f, sums[1])};
+    scale_rows(output, inverse);
+
+    uint8_t* const own = shared + Shape::output + half * boxes * half_rows * row_bytes;
+    if (thread == 0) wait_stores_read();
+    named_sync<128>(3 + half);
+    const int at = thread / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int n = 0; n < head_dim / 8; n += 2) {
+      const int box = n / 8;
+      const int chunk = (n % 8 + lane / 16) ^ (at % 8);
+      store_matrices(shared_address(own + box * half_rows * row_bytes + at * row_bytes + chunk * 16),
+                     pack<Element>(output[4 * n], output[4 * n + 1]),
+                     pack<Element>(output[4 * n + 2], output[4 * n + 3]),
+                     pack<Element>(output[4 * n + 4], output[4 * n + 5]),
+                     pack<Element>(output[4 * n + 6], output[4 * n + 7]));
+    }
+    fence_shared_for_copies();
+    named_sync<128>(3 + half);
+    if (thread == 0) {
+      const QueryTile& tile = work.tile;
+      int at[max_axes] = {0, 0, tile.first + half * half_rows};
+      if (tile.part == grid_part)
+        for (int a = 0; a < max_axes; ++a)
+          at[a] = token_of(tile.axes[a], tile.axes[a].queries.begin +
+                                             row_coordinate(problem, half * half_rows, a));
+#pragma unroll
+      for (int box = 0; box < boxes; ++box)
+        store_box(parameters.output.of_part[tile.part], own + box * half_rows * row_bytes,
+                  box * box_columns, at[2], at[1], at[0],
+                  plane_of(parameters.output, work.batch, work.head));
+      commit_stores();
+    }
+    // After the fence, which waits for stores to global memory too.
+    const bool second = lane % 4 == 1;
+    if (lane % 4 < 2)
+      store_logsumexp(second ? rows.offset[1] : rows.offset[0], second ? sums[1] : sums[0], work,
+                      row + (second ? 8 : 0));
+  }
+
+  __device__ __forceinline__ void store_logsumexp(float offset, float sum, const WorkRecord& work,
+                                                  int row) const {
+    const QueryTile& tile = work.tile;
+    const int grid_tokens =
+        problem.axes[0].length * problem.axes[1].length * problem.axes[2].length;
+    bool inside = true;
+    int token = 0;
+    if (tile.part == grid_part) {
+#pragma unroll
+      for (int a = 0; a < max_axes; ++a) {
+        const QueryAxis& axis = tile.axes[a];
+        const int position = axis.queries.begin + row_coordinate(problem, row, a);
+        inside &= position < axis.axis.length;
+        token = token * problem.axes[a].length + token_of(axis, position);
+      }
+      token += problem.prefix;
+    } else {
+      token = tile.first + row;
+      inside = token < part_tokens(problem, tile.part);
+      token += tile.part == suffix_part ? problem.prefix + grid_tokens : 0;
+    }
+    if (!inside) return;
+    constexpr float log_2 = 0.6931471805599453f;
+    const int64_t tokens = static_cast<int64_t>(problem.prefix) + grid_tokens + problem.suffix;
+    const int64_t head = static_cast<int64_t>(work.batch) * parameters.heads + work.head;
+    parameters.logsumexp[head * tokens + token] =
+        sum == 0.0f ? -infinity : (offset + __log2f(sum)) * log_2;
+  }
+};
+
+template <typename Element, int head_dim>
+__global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Parameters parameters) {
+  extern __shared__ uint8_t raw[];
+  uint8_t* const shared = raw + (1024 - shared_address(raw) % 1024) % 1024;
+  const Forward<Element, head_dim> kernel(parameters, shared);
+  if (threadIdx.x == 0) kernel.init_barriers();
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    give_registers<40>();
+    switch (uniform(threadIdx.x / 32)) {
+      case 0:
+        kernel.plan();
+        break;
+      case 1:
+        kernel.load_queries_and_keys();
+        break;
+      case 2:
+        kernel.load_values();
+        break;
+    }
+  } else {
+    take_registers<232>();
+    kernel.compute(uniform(static_cast<int>(threadIdx.x) / 128 - 1));
+  }
+}
+
+}  // namespace gna::sm90

@@ -1,0 +1,31 @@
+// Launches one instantiation of the kernel; each has a source file of its own, to be compiled alone.
+#pragma once
+
+#include "forward.cuh"
+
+namespace gna::sm90 {
+
+// Sets the kernel up on the current device.
+template <typename Element, int head_dim>
+cudaError_t prepare() {
+  return cudaFuncSetAttribute(forward<Element, head_dim>,
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              Layout<head_dim>::bytes);
+}
+
+template <typename Element, int head_dim>
+cudaError_t launch(const Parameters& parameters, int blocks, cudaStream_t stream) {
+  forward<Element, head_dim><<<blocks, threads, Layout<head_dim>::bytes, stream>>>(parameters);
+  return cudaGetLastError();
+}
+
+}  // namespace gna::sm90
+
+#define GNA_SM90_KERNEL(name, Element, head_dim)                                     \
+  namespace gna::sm90 {                                                              \
+  cudaError_t prepare_##name() { return prepare<Element, head_dim>(); }              \
+  cudaError_t launch_##name(const Parameters& parameters, int blocks,                \
+                            cudaStream_t stream) {                                   \
+    return launch<Element, head_dim>(parameters, blocks, stream);                    \
+  }                                                                                  \
+  }

@@ -1,0 +1,231 @@
+"""The provider that runs the Hopper kernel of csrc/sm90; see its header gna_sm90.h.
+
+Forward only: gradients are the portable provider's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gna_compile.geometry import Neighborhood
+from gna_compile.providers import planned, sm90_boxes
+from gna_compile.providers.portable import Portable
+from gna_compile.providers.problem import Forecast, Problem
+from gna_compile.providers.sm90_library import (
+    BF16,
+    FP16,
+    GridAxis,
+    NativeProblem,
+    TensorView,
+    library,
+)
+
+_TYPES = {torch.bfloat16: BF16, torch.float16: FP16}
+_HEAD_DIMS = (64, 128)
+_ALIGNMENT = 16  # bytes
+
+# With a scale of 0 a hidden score, minus infinity, would become NaN.
+_SMALLEST_SCALE = 1e-30
+
+
+class Sm90:
+    """The native kernel for compute capability 9.0; bf16 and fp16, accumulated in fp32."""
+
+    name = "sm90"
+    fast_on = frozenset({"cuda"})
+
+    def __init__(self) -> None:
+        self._backward = Portable()
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.device != "cuda":
+            return f"runs on cuda, not {problem.device}"
+        if library() is None:
+            return "the CUDA kernels were not built"
+        capability = _current_capability()
+        if capability != (9, 0):
+            return f"needs compute capability 9.0, not {capability[0]}.{capability[1]}"
+        return self.declines(problem)
+
+    def declines(self, problem: Problem) -> str | None:
+        """Why no device could run `problem` with this kernel, or None if one could."""
+        if problem.dtype not in _TYPES:
+            return f"takes bf16 and fp16, not {problem.dtype}"
+        if problem.head_dim not in _HEAD_DIMS:
+            return f"head size {problem.head_dim} is neither 64 nor 128"
+        if _plan(problem.neighborhood) is None:
+            return f"cannot read boxes of tokens with a dilation of {_dilation(problem)}"
+        tensors = (
+            ("query", problem.heads, problem.query_strides),
+            ("key", problem.kv_heads, problem.key_strides),
+            ("value", problem.kv_heads, problem.value_strides),
+        )
+        for name, heads, strides in tensors:
+            reason = _unreadable(problem, heads, strides)
+            if reason:
+                return f"{name}: {reason}"
+        return None
+
+    def forecast(self, problem: Problem) -> Forecast:
+        return planned.forecast(problem, "sm90")
+
+    def forward(
+        self,
+        problem: Problem,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        output: Tensor,
+        logsumexp: Tensor,
+    ) -> None:
+        if scale < 0:
+            query, scale = -query, -scale
+        loaded = library()
+        assert loaded is not None
+        native = NativeProblem.from_buffer_copy(_native_problem(problem))
+        native.scale = max(scale, _SMALLEST_SCALE)
+        if key_mask is not None and key_mask.numel():
+            native.key_mask = key_mask.data_ptr()
+            native.key_mask_batch_stride, native.key_mask_token_stride = key_mask.stride()
+        # Copies, if any, must outlive the launch: until then their memory could be handed out again.
+        query, key, value = _aligned(query), _aligned(key), _aligned(value)
+        written = output
+        if output.data_ptr() % _ALIGNMENT or not _is_writable(problem, output.stride()):
+            written = torch.empty_like(query)
+        arguments = (
+            native,
+            _view(query),
+            _view(key),
+            _view(value),
+            _view(written),
+            logsumexp.data_ptr(),
+        )
+        device = query.device.index
+        if device == torch.cuda.current_device():
+            code = loaded.gna_sm90_forward(*arguments, _stream(device))
+        else:
+            with torch.cuda.device(device):
+                code = loaded.gna_sm90_forward(*arguments, _stream(device))
+        if code != 0:
+            raise RuntimeError(f"sm90: {loaded.gna_sm90_message().decode()}; {problem}")
+        if written is not output:
+            output.copy_(written)
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_output: Tensor,
+        grad_logsumexp: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+    ) -> None:
+        self._backward.backward(
+            problem,
+            grad_output,
+            grad_logsumexp,
+            query,
+            key,
+            value,
+            output,
+            logsumexp,
+            key_mask,
+            scale,
+            grad_query,
+            grad_key,
+            grad_value,
+        )
+
+
+def _current_capability() -> tuple[int, int]:
+    """Compute capability of PyTorch's current device; (0, 0) without one."""
+    if not torch.cuda.is_available():
+        return (0, 0)
+    return _capability(torch.cuda.current_device())
+
+
+@lru_cache(maxsize=64)
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=256)
+def _plan(neighborhood: Neighborhood) -> tuple[ctypes.Array[GridAxis], int] | None:
+    """Axes as the kernel takes them, or None if it cannot read their boxes."""
+    joined = sm90_boxes.merged(neighborhood)
+    boxes = sm90_boxes.choose_boxes(joined)
+    if boxes is None:
+        return None
+    axes = [
+        GridAxis(axis.length, axis.window, axis.stride, axis.dilation, axis.causal, query, key)
+        for axis, query, key in zip(joined.axes, boxes.queries, boxes.keys, strict=True)
+    ]
+    return (GridAxis * 3)(*axes), len(axes)
+
+
+def _dilation(problem: Problem) -> tuple[int, ...]:
+    return tuple(axis.dilation for axis in problem.neighborhood.axes)
+
+
+def _unreadable(problem: Problem, heads: int, strides: tuple[int, ...]) -> str | None:
+    if strides[3] != 1 and problem.head_dim != 1:
+        return "the last dimension is not contiguous"
+    loaded = library()
+    if loaded is None:
+        return None
+    view = TensorView(None, *strides[:3])
+    reason = loaded.gna_sm90_declines(
+        problem.batch, heads, problem.neighborhood.tokens, byref(view)
+    )
+    return reason.decode() if reason else None
+
+
+@lru_cache(maxsize=1024)
+def _is_writable(problem: Problem, strides: tuple[int, ...]) -> bool:
+    return _unreadable(problem, problem.heads, strides) is None
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its address is not what the copy engine needs."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _view(tensor: Tensor) -> TensorView:
+    return TensorView(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@lru_cache(maxsize=1024)
+def _native_problem(problem: Problem) -> NativeProblem:
+    """All of the problem that does not change from call to call."""
+    cut = _plan(problem.neighborhood)
+    assert cut is not None
+    axes, count = cut
+    return NativeProblem(
+        _TYPES[problem.dtype],
+        problem.batch,
+        problem.heads,
+        problem.kv_heads,
+        problem.head_dim,
+        count,
+        axes,
+        problem.neighborhood.prefix,
+        problem.neighborhood.suffix,
+    )

@@ -1,0 +1,299 @@
+"""The Hopper kernel: on any machine which tiles it visits, on a Hopper GPU what it computes."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from gna_compile import ops
+from gna_compile.geometry import Neighborhood
+from gna_compile.providers import Problem, sm90_boxes
+from gna_compile.providers.sm90 import Sm90, _current_capability
+from gna_compile.providers.sm90_library import library
+
+BLOCKS = 12
+PROBLEMS_PER_BLOCK = 30
+
+# Largest ||error|| / ||expected||, and largest error of a logsumexp.
+TOLERANCE = {torch.float16: (1.5e-3, 1e-3), torch.bfloat16: (8e-3, 1e-3)}
+
+needs_hopper = pytest.mark.skipif(
+    library() is None or _current_capability() != (9, 0),
+    reason="needs the CUDA kernels and a GPU of compute capability 9.0",
+)
+
+
+ROOT = Path(__file__).parent.parent
+CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+NVCC = shutil.which("nvcc")
+
+
+@pytest.fixture(scope="module")
+def walker(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if CXX is None:
+        pytest.skip("needs a C++ compiler")
+    path = tmp_path_factory.mktemp("walk") / "walk.so"
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc/include'}"]
+    subprocess.run([CXX, *flags, str(ROOT / "tests/sm90_walk.cpp"), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path)).walk_all
+
+
+def random_boxes(rng: random.Random, rank: int, log2_tile: int) -> list[int]:
+    boxes = [0] * rank
+    for _ in range(log2_tile):
+        boxes[rng.randrange(rank)] += 1
+    return boxes
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_tiles_and_masks_cover_exactly_what_is_visible(walker: Any, block: int) -> None:
+    for seed in range(60 * block, 60 * block + 60):
+        rng = random.Random(seed)
+        rank = rng.choice([1, 2, 3])
+        longest = {1: 70, 2: 14, 3: 6}[rank]
+        names = ("grid", "window", "stride", "dilation", "causal")
+        geometry: dict[str, Any] = {name: [] for name in names}
+        log2_tile = rng.choice([5, 6, 7])
+        axes = [(1, 1, 1, 1, 0, 0, 0)] * (3 - rank)
+        boxes = [random_boxes(rng, rank, log2_tile) for _ in range(2)]
+        for a in range(rank):
+            length = rng.randint(1, longest)
+            dilation = rng.choice([1, 1, rng.randint(1, min(length, 4))])
+            window = rng.randint(1, length // dilation)
+            values = (length, window, rng.randint(1, window), dilation, rng.random() < 0.3)
+            for name, value in zip(names, values, strict=True):
+                geometry[name].append(value)
+            axes.append((*values, boxes[0][a], boxes[1][a]))
+        prefix, suffix = (rng.choice([0, rng.randint(0, 40)]) for _ in range(2))
+        visible = oracle.mask(**geometry, prefix=prefix, suffix=suffix).numpy()
+        seen = np.zeros(visible.shape, dtype=np.uint8)
+        numbers = [int(x) for axis in axes for x in axis]
+        line = walker(
+            (ctypes.c_int32 * 21)(*numbers),
+            prefix,
+            suffix,
+            len(visible),
+            seen.ctypes.data_as(ctypes.c_void_p),
+        )
+        assert line == 0, (line, seed)
+        assert (seen == visible).all(), seed
+
+
+def test_boxes_are_readable_and_cheapest_where_it_is_known() -> None:
+    video = Neighborhood.of((30, 48, 80), (18, 24, 24), (16, 8, 8))
+    boxes = sm90_boxes.choose_boxes(video)
+    assert boxes == sm90_boxes.Boxes((1, 3, 3), (1, 3, 3))
+    dilated = sm90_boxes.choose_boxes(
+        Neighborhood.of((16, 44, 80), (16, 4, 16), dilation=(1, 11, 5))
+    )
+    assert dilated is not None
+    assert dilated.queries[1] == dilated.keys[1] == 0
+    assert sm90_boxes.choose_boxes(Neighborhood.of((4096,), (64,), dilation=(16,))) is None
+
+
+def test_declines_say_why() -> None:
+    def declined(**changes: Any) -> str | None:
+        facts: dict[str, Any] = {
+            "device": "cuda",
+            "dtype": torch.bfloat16,
+            "batch": 1,
+            "heads": 4,
+            "kv_heads": 4,
+            "head_dim": 64,
+            "neighborhood": Neighborhood.of((1024,), (64,)),
+            "has_key_mask": False,
+            **dict.fromkeys(
+                ("query_strides", "key_strides", "value_strides"), (262144, 65536, 64, 1)
+            ),
+        }
+        return Sm90().declines(Problem(**{**facts, **changes}))
+
+    assert declined() is None
+    assert "fp32" in (declined(dtype=torch.float32) or "") or "float32" in (
+        declined(dtype=torch.float32) or ""
+    )
+    assert "head size 80" in (declined(head_dim=80) or "")
+    assert "contiguous" in (declined(key_strides=(262144, 65536, 1, 1024)) or "")
+    assert "dilation" in (
+        declined(neighborhood=Neighborhood.of((1024,), (16,), dilation=(16,))) or ""
+    )
+    if library() is not None:
+        assert "16 bytes" in (declined(value_strides=(262144, 65536, 65, 1)) or "")
+    assert "cpu" in (
+        Sm90().supports(
+            Problem(
+                "cpu",
+                torch.bfloat16,
+                1,
+                1,
+                1,
+                64,
+                Neighborhood.of((8,), (8,)),
+                False,
+                *[(512, 512, 64, 1)] * 3,
+            )
+        )
+        or ""
+    )
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("kernel", ["bf16_128", "bf16_64"])
+def test_compiles_to_asynchronous_matrix_instructions(kernel: str, tmp_path: Path) -> None:
+    cubin = tmp_path / "kernel.cubin"
+    command = [
+        *(str(NVCC), "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-Xptxas", "-v"),
+        *("-gencode", "arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc/include'}"),
+        *(str(ROOT / f"csrc/sm90/forward_{kernel}.cu"), "-o", str(cubin)),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    notices = run.stdout + run.stderr
+    if "Unsupported gpu architecture" in notices:
+        pytest.skip("this nvcc does not know sm_90a")
+    assert run.returncode == 0, notices
+    # setmaxnreg ignored, or matrix instructions serialised.
+    assert not re.search("C75(08|10|11)", notices), notices
+    assert " 0 bytes spill stores, 0 bytes spill loads" in notices, notices
+    disassembler = shutil.which("nvdisasm") or shutil.which("cuobjdump")
+    if disassembler:
+        flags = ["-sass"] if "cuobjdump" in disassembler else ["-c"]
+        sass = subprocess.run(
+            [disassembler, *flags, str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        assert sass.count("HGMMA") >= 16
+
+
+class RandomProblem:
+    """One problem, all of it drawn from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        rank = rng.choice([1, 2, 2, 3, 3])
+        longest = {1: 1500, 2: 40, 3: 13}[rank]
+        self.geometry: dict[str, Any] = {
+            name: [] for name in ("grid", "window", "stride", "dilation", "causal")
+        }
+        dilated = rng.random() < 0.3
+        for _ in range(rank):
+            length = rng.randint(1, longest)
+            dilation = (
+                rng.randint(1, min(length, 8 if rng.random() < 0.8 else 12)) if dilated else 1
+            )
+            window = rng.choice([rng.randint(1, length // dilation), length // dilation])
+            stride = rng.choice([1, rng.randint(1, window), window])
+            values = (length, window, stride, dilation, rng.random() < 0.2)
+            for name, value in zip(self.geometry, values, strict=True):
+                self.geometry[name].append(value)
+        self.prefix = rng.choice([0, 0, rng.randint(0, 5), rng.randint(0, 300)])
+        self.suffix = rng.choice([0, 0, rng.randint(0, 5), rng.randint(0, 300)])
+        self.batch = rng.choice([1, 1, 2, 3])
+        self.kv_heads = rng.choice([1, 2])
+        self.heads = self.kv_heads * rng.choice([1, 1, 2, 3])
+        self.head_dim = rng.choice([64, 128])
+        self.dtype = rng.choice(list(TOLERANCE))
+        self.scale = rng.choice([None, None, 0.3, 1.0, -0.1, 0.0])
+        self.masks_keys = rng.random() < 0.4
+        self.size = rng.choice([1.0, 1.0, 4.0])
+
+    def __repr__(self) -> str:
+        return str({name: value for name, value in vars(self).items() if name != "rng"})
+
+    def tensor(self, heads: int, tokens: int) -> Tensor:
+        """Random values in one of the memory layouts that callers have; NaN around them."""
+        batch, head_dim = self.batch, self.head_dim
+        generator = torch.Generator("cuda").manual_seed(self.rng.getrandbits(40))
+
+        def values(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator, device="cuda").to(self.dtype)
+
+        layout = self.rng.choice(["BHSD", "BSHD", "SBHD", "fused", "padded", "expanded", "offset"])
+        if layout == "BSHD":
+            return values(batch, tokens, heads, head_dim).transpose(1, 2)
+        if layout == "SBHD":
+            return values(tokens, batch, heads, head_dim).permute(1, 2, 0, 3)
+        if layout == "fused":
+            whole = values(batch, tokens, 3, heads, head_dim)
+            whole[:, :, ::2] = torch.nan
+            return whole[:, :, 1].transpose(1, 2)
+        if layout == "padded":
+            whole = torch.full(
+                (batch, heads, tokens + 3, head_dim + 16), torch.nan, device="cuda"
+            ).to(self.dtype)
+            inner = whole[:, :, 2:-1, 8:-8]
+            inner.copy_(values(batch, heads, tokens, head_dim))
+            return inner
+        if layout == "expanded":
+            return values(batch, 1, tokens, head_dim).expand(batch, heads, tokens, head_dim)
+        if layout == "offset":
+            flat = values(batch * heads * tokens * head_dim + 7)
+            return flat[7:].view(batch, heads, tokens, head_dim)
+        return values(batch, heads, tokens, head_dim)
+
+
+def deviation(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||; inf where anything is not finite."""
+    difference = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    return float(difference.nan_to_num(torch.inf))
+
+
+def check(problem: RandomProblem) -> tuple[float, float] | None:
+    """Errors of output and logsumexp, or None if the provider declines."""
+    visible = oracle.mask(**problem.geometry, prefix=problem.prefix, suffix=problem.suffix).cuda()
+    tokens = visible.shape[0]
+    query = problem.tensor(problem.heads, tokens) * problem.size
+    key, value = (problem.tensor(problem.kv_heads, tokens) for _ in range(2))
+    key_mask, global_tokens = None, problem.prefix + problem.suffix
+    if problem.masks_keys:
+        shown = [problem.rng.random() < 0.5 for _ in range(problem.batch * global_tokens)]
+        key_mask = torch.tensor(shown, dtype=torch.bool, device="cuda")
+        key_mask = key_mask.view(problem.batch, global_tokens)
+    try:
+        output, logsumexp = ops.neighborhood_attention(
+            query,
+            key,
+            value,
+            **problem.geometry,
+            prefix=problem.prefix,
+            suffix=problem.suffix,
+            key_mask=key_mask,
+            scale=problem.scale,
+            return_logsumexp=True,
+            provider="sm90",
+        )
+    except RuntimeError as error:
+        if "dilation" in str(error):
+            return None
+        raise
+    expected = oracle.attention(
+        query, key, value, visible, key_mask, problem.scale, prefix=problem.prefix
+    )
+    lse_error = float((logsumexp.double() - expected[1]).abs().max().nan_to_num(torch.inf))
+    return deviation(output, expected[0]), lse_error
+
+
+@needs_hopper
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_random_problems(block: int) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    try:
+        for index in range(PROBLEMS_PER_BLOCK):
+            problem = RandomProblem(block * PROBLEMS_PER_BLOCK + index)
+            errors = check(problem)
+            if errors is None:
+                continue
+            of_output, of_lse = TOLERANCE[problem.dtype]
+            assert errors[0] < of_output, (errors, problem)
+            assert errors[1] < of_lse, (errors, problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
