@@ -276,7 +276,13 @@ def check(problem: RandomProblem) -> tuple[float, float] | None:
             return None
         raise
     expected = oracle.attention(
-        query, key, value, visible, key_mask, problem.scale, prefix=problem.prefix
+        query,
+        key,
+        value,
+        visible=visible,
+        key_mask=key_mask,
+        scale=problem.scale,
+        prefix=problem.prefix,
     )
     lse_error = float((logsumexp.double() - expected[1]).abs().max().nan_to_num(torch.inf))
     return deviation(output, expected[0]), lse_error
