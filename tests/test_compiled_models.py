@@ -20,7 +20,7 @@ from torch._dynamo.backends.registry import lookup_backend
 import gna_compile
 from gna_compile.backend import gna
 from gna_compile.explaining import Explanation
-from tools.model_table import with_table
+from tools.readme_tables import with_tables
 
 GOLDEN = Path(__file__).parent / "golden"
 POLICY: dict[str, Any] = {
@@ -84,9 +84,9 @@ def test_decisions(name: str) -> None:
     golden(f"{name}.decisions.txt", title + table_text(explanation))
 
 
-def test_the_readme_has_these_decisions() -> None:
+def test_the_readmes_tables_are_current() -> None:
     readme = (GOLDEN.parent.parent / "README.md").read_text()
-    assert with_table(readme) == readme, "run tools/model_table.py"
+    assert with_tables(readme) == readme, "run tools/readme_tables.py"
 
 
 @pytest.mark.parametrize("name", FUSED)
