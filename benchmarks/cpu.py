@@ -138,8 +138,8 @@ def measure(
         if run is not None:
             contestants["flex"] = run
     medians = take_turns(contestants, rounds)
-    boxes = cpu_tiles.choose_boxes(cpu_tiles.merged(neighborhood))
-    tile_pairs = cpu_tiles.pairs(cpu_tiles.merged(neighborhood), boxes)
+    boxes = cpu_tiles.choose_boxes(neighborhood.merged)
+    tile_pairs = cpu_tiles.pairs(neighborhood.merged, boxes)
     return Row(
         the_case.name,
         head_dim,

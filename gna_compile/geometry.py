@@ -248,6 +248,18 @@ class Neighborhood:
         return all(axis.is_full for axis in self.axes)
 
     @cached_property
+    def merged(self) -> Neighborhood:
+        """The same attention with neighbouring axes that hide nothing joined into one."""
+        axes: list[Axis] = []
+        for axis in self.axes:
+            if axes and axis.is_full and axes[-1].is_full:
+                length = axes.pop().length * axis.length
+                axes.append(Axis(length, length))
+            else:
+                axes.append(axis)
+        return Neighborhood(tuple(axes), self.prefix, self.suffix)
+
+    @cached_property
     def pairs(self) -> int:
         """Visible (query, key) pairs, global tokens included, no key mask."""
         grid = math.prod(axis.pairs for axis in self.axes)

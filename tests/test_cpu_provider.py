@@ -43,11 +43,11 @@ def test_streamed_counts_are_the_geometry() -> None:
 
 def test_axes_that_hide_nothing_are_joined() -> None:
     neighborhood = Neighborhood.of((4, 5, 6), (2, 5, 6), prefix=3)
-    assert cpu_tiles.merged(neighborhood) == Neighborhood.of((4, 30), (2, 30), prefix=3)
+    assert neighborhood.merged == Neighborhood.of((4, 30), (2, 30), prefix=3)
     dense = Neighborhood.of((4, 5, 6), (4, 5, 6))
-    assert cpu_tiles.merged(dense) == Neighborhood.of((120,), (120,))
+    assert dense.merged == Neighborhood.of((120,), (120,))
     causal = Neighborhood.of((4, 5), (4, 5), causal=(False, True))
-    assert cpu_tiles.merged(causal) == causal
+    assert causal.merged == causal
 
 
 # What it declines --------------------------------------------------------------------------------

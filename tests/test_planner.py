@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -411,7 +413,7 @@ def test_time_of_a_plan_by_hand() -> None:
     cut = plan(Workload(Neighborhood.of((256,), (256,))), "sm90")
     table = ARCHITECTURES["sm90"]
     tile = 4 * 128**3 / table.flops + 128**2 / table.exponentials
-    row = 2 * 128 * 128 * 2 / table.bytes
+    row = table.start + 2 * 128 * 128 * 2 / table.bytes
     assert cut.milliseconds == pytest.approx((2 * tile + row) / table.clock / 1e6)
     wave = plan(Workload(Neighborhood.of((256,), (256,)), heads=66), "sm90").milliseconds
     assert wave == pytest.approx(cut.milliseconds)
@@ -552,3 +554,15 @@ def test_better_stride(
         improved = plan(Workload(Neighborhood.of((30, 48, 80), window, better), 24), "sm90")
         assert improved.is_block_sparse
         assert improved.milliseconds < plan(workload, "sm90").milliseconds
+
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+MEASURED = json.loads((RESULTS / "kernels-h200.json").read_text())["results"]
+
+
+@pytest.mark.parametrize("result", MEASURED, ids=[result["case"] for result in MEASURED])
+def test_times_are_near_those_of_the_hopper_kernel(result: dict[str, Any]) -> None:
+    workload = CASES[result["case"]].workload
+    merged = replace(workload, neighborhood=workload.neighborhood.merged)
+    off = plan(merged, "sm90").milliseconds / result["ours"]
+    assert off == pytest.approx(1, abs=0.2 if result["case"] == "cosmos-89-na" else 0.1)

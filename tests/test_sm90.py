@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gna_compile import ops
 from gna_compile.geometry import Neighborhood
-from gna_compile.providers import Problem, sm90_boxes
+from gna_compile.planner import PlanError, Workload, plan
+from gna_compile.providers import Problem
 from gna_compile.providers.sm90 import Sm90, _current_capability
 from gna_compile.providers.sm90_library import library
 
@@ -91,15 +92,15 @@ def test_tiles_and_masks_cover_exactly_what_is_visible(walker: Any, block: int) 
 
 
 def test_boxes_are_readable_and_cheapest_where_it_is_known() -> None:
-    video = Neighborhood.of((30, 48, 80), (18, 24, 24), (16, 8, 8))
-    boxes = sm90_boxes.choose_boxes(video)
-    assert boxes == sm90_boxes.Boxes((1, 3, 3), (1, 3, 3))
-    dilated = sm90_boxes.choose_boxes(
-        Neighborhood.of((16, 44, 80), (16, 4, 16), dilation=(1, 11, 5))
-    )
-    assert dilated is not None
-    assert dilated.queries[1] == dilated.keys[1] == 0
-    assert sm90_boxes.choose_boxes(Neighborhood.of((4096,), (64,), dilation=(16,))) is None
+    def boxes(*geometry: Any) -> tuple[Any, Any]:
+        found = plan(Workload(Neighborhood.of(*geometry), heads=24), "sm90")
+        return found.query_box, found.key_box
+
+    assert boxes((30, 48, 80), (18, 24, 24), (16, 8, 8)) == ((2, 8, 8), (2, 8, 8))
+    dilated = boxes((16, 44, 80), (16, 4, 16), (1, 1, 1), (1, 11, 5))
+    assert dilated[0][1] == dilated[1][1] == 1
+    with pytest.raises(PlanError, match="no box of 128 tokens can be read with dilation 16"):
+        boxes((4096,), (64,), (1,), (16,))
 
 
 def test_declines_say_why() -> None:

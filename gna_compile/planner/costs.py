@@ -20,9 +20,12 @@ class Architecture:
         clock: cycles per nanosecond.
         flops: of 16-bit matrix work, per clock.
         exponentials: per clock.
+        start: cycles of a query tile besides its key tiles and the transfer of its rows.
         mask_elements: elements of a boundary tile that are masked per clock.
         bytes: between L2 cache and shared memory, per clock.
         tiles: tokens of a query tile and of a key tile, as the kernel has them.
+        max_step: the largest dilation of an axis along which a box may hold more than one token.
+        max_span: the most tokens from end to end of a box along one axis, dilation included.
     """
 
     name: str
@@ -30,9 +33,12 @@ class Architecture:
     clock: float
     flops: int
     exponentials: int
+    start: float
     mask_elements: float
     bytes: float
     tiles: tuple[tuple[int, int], ...]
+    max_step: int = 8
+    max_span: int = 256
 
     def launch(
         self, query_tile: int, key_tile: int, heads: int, head_dim: int, element_bytes: int
@@ -40,7 +46,7 @@ class Architecture:
         """The costs of tiles of so many tokens in one launch over `heads` (batch x heads)."""
         pairs = query_tile * key_tile
         return Launch(
-            row=2 * query_tile * head_dim * element_bytes / self.bytes,
+            row=self.start + 2 * query_tile * head_dim * element_bytes / self.bytes,
             tile=4 * pairs * head_dim / self.flops + pairs / self.exponentials,
             mask=pairs / self.mask_elements,
             heads=heads,
@@ -89,8 +95,8 @@ _MASK_ELEMENTS = 128 / 1.8
 ARCHITECTURES = {
     table.name: table
     for table in (
-        Architecture("sm90", 132, 1.755, 4096, 16, _MASK_ELEMENTS, 45.0, ((128, 128),)),
-        Architecture("sm100", 148, 1.99, 8192, 16, _MASK_ELEMENTS, 45.0, ((256, 128),)),
+        Architecture("sm90", 132, 1.755, 4096, 14, 5500, 15.0, 45.0, ((128, 128),)),
+        Architecture("sm100", 148, 1.99, 8192, 16, 0, _MASK_ELEMENTS, 45.0, ((256, 128),)),
     )
 }
-"""By name. sm90 was measured on an H200; sm100 rests on published B200 times."""
+"""By name. sm90 is fitted to the kernel's times on an H200; sm100 rests on published B200 times."""

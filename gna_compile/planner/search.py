@@ -110,7 +110,7 @@ def plan(workload: Workload, architecture: str = "sm90", tiling: Tiling = "dynam
     Cached, so that a kernel may ask at every call.
 
     Raises:
-        PlanError: if there is no such architecture.
+        PlanError: if there is no such architecture, or no box that it can read.
     """
     return _plan(workload, architecture_of(architecture), tiling)
 
@@ -195,10 +195,10 @@ def _cheapest(
     launch = _launch(workload, architecture, query_tile, key_tile)
     global_keys, whole = global_key_tiles(neighborhood, key_tile)
     masked_globals = global_keys if key_mask else global_keys - whole
-    query_boxes = _fitting(neighborhood.axes, query_tile)
+    query_boxes = _fitting(neighborhood.axes, query_tile, architecture)
     key_boxes = [
         (box, global_counts(neighborhood, query_tile, box, key_mask))
-        for box in _fitting(neighborhood.axes, key_tile)
+        for box in _fitting(neighborhood.axes, key_tile, architecture)
     ]
     # Counts of every axis by its two extents, looked up once and not for each pair of boxes.
     tables = [
@@ -230,12 +230,31 @@ def _cheapest(
     return best
 
 
-def _fitting(axes: tuple[Axis, ...], tokens: int) -> list[Box]:
-    """The boxes that do not reach twice as far as an axis, or all of them if there is none."""
-    every = list(boxes(tokens, len(axes)))
+def _fitting(axes: tuple[Axis, ...], tokens: int, architecture: Architecture) -> list[Box]:
+    """The boxes that the copy engine reads, if possible none twice as long as an axis."""
+
+    def is_readable(axis: Axis, size: int) -> bool:
+        step, span = axis.dilation, axis.dilation * size
+        return (
+            size == 1
+            or step == 1
+            or (step <= architecture.max_step and span <= architecture.max_span)
+        )
+
+    readable = [
+        box
+        for box in boxes(tokens, len(axes))
+        if all(is_readable(axis, size) for axis, size in zip(axes, box, strict=True))
+    ]
+    if not readable:
+        dilation = "x".join(str(axis.dilation) for axis in axes)
+        raise PlanError(
+            f"no box of {tokens} tokens can be read with dilation {dilation}: at most "
+            f"{architecture.max_step}, and at most {architecture.max_span} tokens from end to end"
+        )
     fitting = [
         box
-        for box in every
+        for box in readable
         if all(size < 2 * axis.group(0).length for axis, size in zip(axes, box, strict=True))
     ]
-    return fitting or every
+    return fitting or readable

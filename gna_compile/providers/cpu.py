@@ -111,7 +111,7 @@ class Cpu:
     def _native_problem(
         self, problem: Problem, key_mask: Tensor | None, scale: float
     ) -> _native.Problem:
-        neighborhood = cpu_tiles.merged(problem.neighborhood)
+        neighborhood = problem.neighborhood.merged
         boxes = cpu_tiles.choose_boxes(neighborhood)
         return _native.Problem(
             type=_TYPES[problem.dtype],

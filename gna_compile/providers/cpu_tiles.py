@@ -51,23 +51,11 @@ def pairs(neighborhood: Neighborhood, boxes: Boxes) -> int:
 @lru_cache(maxsize=256)
 def predicted_speedup(neighborhood: Neighborhood) -> float:
     """Of the forward over PyTorch's dense attention on a CPU, whose pairs cost as 64 lanes' do."""
-    neighborhood = merged(neighborhood)
+    neighborhood = neighborhood.merged
     boxes = choose_boxes(neighborhood).queries
     lanes = -(-neighborhood.global_tokens // 16) * 16
     of_globals = lanes * _PAIR_COST[4] * neighborhood.tokens
     return neighborhood.tokens**2 / (_cost(neighborhood, boxes, of_keys=False) + of_globals)
-
-
-def merged(neighborhood: Neighborhood) -> Neighborhood:
-    """The same attention with neighbouring axes that hide nothing joined into one."""
-    axes: list[Axis] = []
-    for axis in neighborhood.axes:
-        if axes and axis.is_full and axes[-1].is_full:
-            length = axes.pop().length * axis.length
-            axes.append(Axis(length, length))
-        else:
-            axes.append(axis)
-    return Neighborhood(tuple(axes), neighborhood.prefix, neighborhood.suffix)
 
 
 def arguments(axis: Axis) -> tuple[int, int, int, int, bool]:

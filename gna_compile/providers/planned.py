@@ -19,7 +19,7 @@ def forecast(problem: Problem, architecture: str) -> Forecast:
 def workload_of(problem: Problem) -> Workload:
     """What the planner needs of a problem."""
     return Workload(
-        problem.neighborhood,
+        problem.neighborhood.merged,
         heads=problem.batch * problem.heads,
         head_dim=problem.head_dim,
         element_bytes=problem.dtype.itemsize,

@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gna_compile.geometry import Neighborhood
-from gna_compile.providers import planned, sm90_boxes
+from gna_compile.planner import PlanError, plan
+from gna_compile.providers import planned
 from gna_compile.providers.portable import Portable
 from gna_compile.providers.problem import Forecast, Problem
 from gna_compile.providers.sm90_library import (
@@ -58,8 +58,10 @@ class Sm90:
             return f"takes bf16 and fp16, not {problem.dtype}"
         if problem.head_dim not in _HEAD_DIMS:
             return f"head size {problem.head_dim} is neither 64 nor 128"
-        if _plan(problem.neighborhood) is None:
-            return f"cannot read boxes of tokens with a dilation of {_dilation(problem)}"
+        try:
+            _boxes(problem)
+        except PlanError as error:
+            return str(error)
         tensors = (
             ("query", problem.heads, problem.query_strides),
             ("key", problem.kv_heads, problem.key_strides),
@@ -163,22 +165,24 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@lru_cache(maxsize=256)
-def _plan(neighborhood: Neighborhood) -> tuple[ctypes.Array[GridAxis], int] | None:
-    """Axes as the kernel takes them, or None if it cannot read their boxes."""
-    joined = sm90_boxes.merged(neighborhood)
-    boxes = sm90_boxes.choose_boxes(joined)
-    if boxes is None:
-        return None
+def _boxes(problem: Problem) -> tuple[ctypes.Array[GridAxis], int]:
+    """Axes and boxes as the kernel takes them, and how many there are."""
+    cut = plan(planned.workload_of(problem), "sm90")
     axes = [
-        GridAxis(axis.length, axis.window, axis.stride, axis.dilation, axis.causal, query, key)
-        for axis, query, key in zip(joined.axes, boxes.queries, boxes.keys, strict=True)
+        GridAxis(
+            axis.length,
+            axis.window,
+            axis.stride,
+            axis.dilation,
+            axis.causal,
+            query.bit_length() - 1,
+            key.bit_length() - 1,
+        )
+        for axis, query, key in zip(
+            cut.workload.neighborhood.axes, cut.query_box, cut.key_box, strict=True
+        )
     ]
     return (GridAxis * 3)(*axes), len(axes)
-
-
-def _dilation(problem: Problem) -> tuple[int, ...]:
-    return tuple(axis.dilation for axis in problem.neighborhood.axes)
 
 
 def _unreadable(problem: Problem, heads: int, strides: tuple[int, ...]) -> str | None:
@@ -215,9 +219,7 @@ def _stream(device: int) -> int:
 @lru_cache(maxsize=1024)
 def _native_problem(problem: Problem) -> NativeProblem:
     """All of the problem that does not change from call to call."""
-    cut = _plan(problem.neighborhood)
-    assert cut is not None
-    axes, count = cut
+    axes, count = _boxes(problem)
     return NativeProblem(
         _TYPES[problem.dtype],
         problem.batch,

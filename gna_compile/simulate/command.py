@@ -154,7 +154,10 @@ def _plan(
 
 
 def _on_cpu(console: Console, problems: list[tuple[Entry, Workload]]) -> None:
-    from gna_compile.providers.boxes import predicted_speedup
+    try:
+        from gna_compile.providers.cpu_tiles import predicted_speedup
+    except ImportError:  # the native kernel is not built
+        from gna_compile.providers.boxes import predicted_speedup
 
     rows = []
     for entry, workload in problems:
