@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ from gna_compile.policy import (
     shipped_policies,
 )
 from gna_compile.simulate import simulate
+
+if TYPE_CHECKING:
+    from gna_compile.providers import Problem
 
 app = typer.Typer(help="Neighbourhood attention for unmodified models.", no_args_is_help=True)
 policies_app = typer.Typer(help="List, show and check policies.", no_args_is_help=True)
@@ -153,6 +156,7 @@ def doctor() -> None:
     import gna_compile.ops  # noqa: F401 - registers the op
     from gna_compile.providers import PROVIDERS
     from gna_compile.providers.cpu import instruction_sets
+    from gna_compile.providers.sm90_library import library
 
     supported = (2, 11) <= tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
     console.print(
@@ -166,17 +170,27 @@ def doctor() -> None:
             console.print(f"cuda:{index} {torch.cuda.get_device_name(index)} (sm_{major}{minor})")
     else:
         console.print("no CUDA device")
-    isas = instruction_sets()
-    if isas:
-        console.print(f"native CPU kernel: {isas[0]}")
-    else:
-        console.print(
-            "native CPU kernel: not built, so provider cpu declines everything; install a C++ "
-            "compiler (g++ or clang++) and reinstall gna-compile"
-        )
+    isas = ", ".join(instruction_sets())
+    console.print(f"CPU kernel: {isas or 'not built; install g++ or clang++ and reinstall'}")
+    built = library() is not None
+    console.print(f"CUDA kernels: {'sm_90a' if built else 'not built; reinstall with GNA_CUDA=1'}")
     for provider in PROVIDERS:
-        fast = ", ".join(sorted(provider.fast_on)) or "no device"
-        console.print(f"provider {provider.name}: usable; counts as fast on {fast}")
+        for device in sorted(provider.fast_on):
+            reason = provider.supports(_probe(device))
+            state = "usable" if reason is None else f"not usable: {reason}"
+            console.print(f"provider {provider.name} on {device}: {state}")
+
+
+def _probe(device: str) -> Problem:
+    """A problem that every provider takes on its own device."""
+    import torch
+
+    from gna_compile.geometry import Neighborhood
+    from gna_compile.providers import Problem
+
+    strides = (128 * 64, 128 * 64, 64, 1)
+    grid = Neighborhood.of((128,), (64,))
+    return Problem(device, torch.bfloat16, 1, 1, 1, 64, grid, False, strides, strides, strides)
 
 
 if __name__ == "__main__":

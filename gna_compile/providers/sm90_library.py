@@ -7,7 +7,9 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from functools import lru_cache
 from pathlib import Path
 
-PATH = Path(__file__).parent.parent / "_sm90.so"
+import gna_compile
+
+FILE = "_sm90.so"
 
 BF16, FP16 = 1, 2
 
@@ -63,9 +65,11 @@ class NativeProblem(Structure):
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The library, or None if it was not built. Loading it needs neither a GPU nor a driver."""
-    if not PATH.exists():
+    # An editable installation has the sources in one folder of the package, what is built in another.
+    built = [path for folder in gna_compile.__path__ if (path := Path(folder) / FILE).exists()]
+    if not built:
         return None
-    loaded = ctypes.CDLL(str(PATH))
+    loaded = ctypes.CDLL(str(built[0]))
     tensor = POINTER(TensorView)
     loaded.gna_sm90_declines.argtypes = [c_int32, c_int32, c_int32, tensor]
     loaded.gna_sm90_declines.restype = c_char_p
