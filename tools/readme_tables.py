@@ -53,12 +53,13 @@ def cpu() -> str:
     """Speedups of the CPU kernel over PyTorch's dense attention."""
     data = _results("cpu.json")
     about, results = data["environment"], data["results"]
-    rows = [["case", "head size", "dtype", "tile bound", "forward", "with backward", "portable"]]
+    head = ["case", "head size", "dtype", "tile bound", "forward", "with backward"]
+    rows = [[*head, "FlexAttention", "portable"]]
     for row in results["rows"]:
         cells = [row["case"], str(row["head_dim"]), row["dtype"], f"{row['tile_bound']:.1f}×"]
-        for ours in ("ours", "ours_training", "portable"):
-            dense = row["dense_training" if "training" in ours else "dense"]
-            cells.append(f"{dense / row[ours]:.1f}×")
+        for name in ("ours", "ours_training", "flex", "portable"):
+            dense = row["dense_training" if "training" in name else "dense"]
+            cells.append(f"{dense / row[name]:.1f}×" if row[name] else "–")
         rows.append(cells)
     return (
         f"{about['cpu']}, {about['threads']} threads, batch 1, {results['heads']} heads, torch "
