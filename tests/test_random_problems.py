@@ -159,7 +159,7 @@ def test_block_of_random_problems_on_the_cpu_kernel(
     # The kernel leaves fp64 to the portable provider.
     monkeypatch.setattr(providers, "PROVIDERS", [Cpu(isa), Portable()])
     # Random boxes have an extent for every axis, so none may be merged away.
-    monkeypatch.setattr(cpu_tiles, "merged", lambda neighborhood: neighborhood)
+    monkeypatch.setattr(Neighborhood, "merged", property(lambda self: self))
     for index in range(PROBLEMS_PER_BLOCK):
         problem = RandomProblem(1_000_000 + block * PROBLEMS_PER_BLOCK + index)
         chosen = problem.kernel_boxes()
