@@ -48,6 +48,8 @@ class Sm90:
         if library() is None:
             return "the CUDA kernels were not built"
         capability = _current_capability()
+        if capability == (0, 0):
+            return "there is no CUDA device"
         if capability != (9, 0):
             return f"needs compute capability 9.0, not {capability[0]}.{capability[1]}"
         return self.declines(problem)
