@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 import re
 import shutil
@@ -165,7 +166,7 @@ def test_compiles_to_asynchronous_matrix_instructions(kernel: str, tmp_path: Pat
     assert run.returncode == 0, notices
     # setmaxnreg ignored, or matrix instructions serialised.
     assert not re.search("C75(08|10|11)", notices), notices
-    assert " 0 bytes spill stores, 0 bytes spill loads" in notices, notices
+    assert notices.count(" 0 bytes spill stores, 0 bytes spill loads") == 2, notices
     disassembler = shutil.which("nvdisasm") or shutil.which("cuobjdump")
     if disassembler:
         flags = ["-sass"] if "cuobjdump" in disassembler else ["-c"]
@@ -206,6 +207,7 @@ class RandomProblem:
         self.scale = rng.choice([None, None, 0.3, 1.0, -0.1, 0.0])
         self.masks_keys = rng.random() < 0.4
         self.size = rng.choice([1.0, 1.0, 4.0])
+        self.plants = 0  # how many values and keys are not finite
 
     def __repr__(self) -> str:
         return str({name: value for name, value in vars(self).items() if name != "rng"})
@@ -243,9 +245,19 @@ class RandomProblem:
 
 
 def deviation(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||; inf where anything is not finite."""
-    difference = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
-    return float(difference.nan_to_num(torch.inf))
+    """||actual - expected|| / ||expected||; inf where not the same elements are NaN, inf or -inf."""
+    for is_special in (torch.isnan, torch.isposinf, torch.isneginf):
+        if not torch.equal(is_special(actual), is_special(expected)):
+            return math.inf
+    actual, expected = (x.double().nan_to_num(0, 0, 0) for x in (actual, expected))
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def plant(problem: RandomProblem, tensor: Tensor, *poison: float) -> None:
+    """Writes some of what is not finite somewhere."""
+    for _ in range(problem.plants):
+        place = tuple(problem.rng.randrange(size) for size in tensor.shape)
+        tensor[place] = problem.rng.choice(poison)
 
 
 def check(problem: RandomProblem) -> tuple[float, float] | None:
@@ -254,6 +266,9 @@ def check(problem: RandomProblem) -> tuple[float, float] | None:
     tokens = visible.shape[0]
     query = problem.tensor(problem.heads, tokens) * problem.size
     key, value = (problem.tensor(problem.kv_heads, tokens) for _ in range(2))
+    # An infinite key can leave a visible value a weight of 0, and 0 times inf is NaN in the oracle.
+    plant(problem, key, math.nan)
+    plant(problem, value, math.nan, math.inf, -math.inf)
     key_mask, global_tokens = None, problem.prefix + problem.suffix
     if problem.masks_keys:
         shown = [problem.rng.random() < 0.5 for _ in range(problem.batch * global_tokens)]
@@ -285,8 +300,19 @@ def check(problem: RandomProblem) -> tuple[float, float] | None:
         scale=problem.scale,
         prefix=problem.prefix,
     )
-    lse_error = float((logsumexp.double() - expected[1]).abs().max().nan_to_num(torch.inf))
+    finite = expected[1].isfinite()
+    difference = (logsumexp.double() - expected[1])[finite].abs()
+    lse_error = float(difference.nan_to_num(math.inf).amax()) if finite.any() else 0.0
     return deviation(output, expected[0]), lse_error
+
+
+def assert_right(problem: RandomProblem) -> None:
+    errors = check(problem)
+    if errors is None:
+        return
+    of_output, of_lse = TOLERANCE[problem.dtype]
+    assert errors[0] < of_output, (errors, problem)
+    assert errors[1] < of_lse, (errors, problem)
 
 
 @needs_hopper
@@ -295,12 +321,32 @@ def test_random_problems(block: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
         for index in range(PROBLEMS_PER_BLOCK):
-            problem = RandomProblem(block * PROBLEMS_PER_BLOCK + index)
-            errors = check(problem)
-            if errors is None:
-                continue
-            of_output, of_lse = TOLERANCE[problem.dtype]
-            assert errors[0] < of_output, (errors, problem)
-            assert errors[1] < of_lse, (errors, problem)
+            assert_right(RandomProblem(block * PROBLEMS_PER_BLOCK + index))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@needs_hopper
+@pytest.mark.parametrize("block", range(4))
+def test_what_is_hidden_may_be_anything(block: int) -> None:
+    for seed in range(1000 + 10 * block, 1010 + 10 * block):
+        problem = RandomProblem(seed)
+        # A score of infinity times a scale of zero is another matter.
+        problem.scale = problem.scale or None
+        problem.plants = problem.rng.choice([1, 3, 30])
+        assert_right(problem)
+
+
+@needs_hopper
+def test_huge_values_do_not_overflow() -> None:
+    shape = (1, 2, 4096, 128)
+    query, key, value = (torch.randn(shape, device="cuda").bfloat16() for _ in range(3))
+    query *= 4
+    visible = oracle.mask((64, 64), (9, 9)).cuda()
+    value *= 1e36
+    output = ops.neighborhood_attention(
+        query, key, value, grid=(64, 64), window=(9, 9), provider="sm90"
+    )
+    assert isinstance(output, Tensor)
+    expected = oracle.attention(query, key, value, visible=visible)[0]
+    assert deviation(output, expected) < TOLERANCE[torch.bfloat16][0]

@@ -17,6 +17,12 @@
 
 namespace gna::sm90 {
 
+// The launches whose output is in doubt, and how many blocks have done it again. A slot is shared by
+// every 4096th launch, which do not run at the same time.
+constexpr uint32_t redo_slots = 4096;
+static __device__ uint32_t must_redo[redo_slots];
+static __device__ uint32_t blocks_done[redo_slots];
+
 // Barriers of a ring of buffers: `full` when filled, `empty` when all its readers have released it.
 struct Ring {
   uint64_t* full;
@@ -49,6 +55,7 @@ struct Forward {
   uint8_t* shared;
   KeyRecord* key_records;
   WorkRecord* work_records;
+  NonFinite<head_dim>& non_finite;
   Ring queries, keys, values, works;
 
   __device__ __forceinline__ Forward(const Parameters& parameters, uint8_t* shared)
@@ -56,7 +63,8 @@ struct Forward {
         problem(parameters.problem),
         shared(shared),
         key_records(reinterpret_cast<KeyRecord*>(shared + Shape::key_records)),
-        work_records(reinterpret_cast<WorkRecord*>(shared + Shape::work_records)) {
+        work_records(reinterpret_cast<WorkRecord*>(shared + Shape::work_records)),
+        non_finite(*reinterpret_cast<NonFinite<head_dim>*>(shared + Shape::non_finite)) {
     auto* barriers = reinterpret_cast<uint64_t*>(shared + Shape::barriers);
     keys = {barriers, barriers + stages};
     values = {barriers + 2 * stages, barriers + 3 * stages};
@@ -273,6 +281,20 @@ struct Forward {
     }
   }
 
+  __device__ __forceinline__ void plan_and_load() const {
+    switch (uniform(threadIdx.x / 32)) {
+      case 0:
+        plan();
+        break;
+      case 1:
+        load_queries_and_keys();
+        break;
+      case 2:
+        load_values();
+        break;
+    }
+  }
+
   // Computing -------------------------------------------------------------------------------------
 
   // The two warpgroups take turns, one turn for each key tile, at handing work to the matrix unit.
@@ -396,7 +418,7 @@ struct Forward {
         release(keys.empty + key.stage());
         if (ended) release(queries.empty);
         if (hide_and_shift(scores, rows, scale, masked, words)) {
-          raise_offsets<Element>(scores, rows, rescale);
+          raise_offsets(scores, rows, most_shifted<Element>, rescale);
           scale_rows(output, rescale);
         }
         weigh<Element>(scores, rows, weights);
@@ -425,7 +447,7 @@ struct Forward {
           pin(weights);
           release(values.empty + value.stage());
           if (raises) {
-            raise_offsets<Element>(scores, rows, rescale);
+            raise_offsets(scores, rows, most_shifted<Element>, rescale);
             scale_rows(output, rescale);
           }
           weigh<Element>(scores, rows, weights);
@@ -448,13 +470,132 @@ struct Forward {
     if (thread == 0) wait_stores_read();
   }
 
-  // The end of a query tile: divides by the sums and stores.
+  // Computing carefully ---------------------------------------------------------------------------
+  //
+  // A weight of zero does not hide a value that is not finite, and weights beyond 1 may take a huge
+  // one over the top. Where that shows in the output, a second kernel does all work again, in some
+  // four times the time: values that are not finite are taken out of each tile and added to the rows
+  // that see them, and no weight exceeds 1. One step after the other, both warpgroups together.
+
+  __device__ __forceinline__ void compute_carefully(int half) const {
+    const int thread = threadIdx.x % 128;
+    const int row = half * half_rows + thread / 32 * 16 + thread % 32 / 4;
+    Place<stages> key;
+    Place<1> query;
+    for (Place<slots> slot;; slot.advance()) {
+      wait(works.full + slot.stage(), slot.parity());
+      const WorkRecord& work = work_records[slot.stage()];
+      if (uniform(static_cast<int>(work.done))) break;
+      ThreadRows rows;
+      start_rows(parameters, work, row, rows);
+      float scores[64], output[head_dim / 2], rescale[2];
+      uint32_t weights[32];
+#pragma unroll
+      for (float& x : output) x = 0.0f;
+      wait(queries.full, query.parity());
+      for (bool ended = false; !ended; key.advance()) {
+        const KeyRecord tile = await_keys(key);
+        ended = tile.flags & last_tile;
+        start_scores(scores, half, key.stage());
+        matrix_wait<0>();
+        pin(scores);
+        release(keys.empty + key.stage());
+        if (ended) release(queries.empty);
+        MaskWords words;
+        if (!find_mask(rows, work.batch, tile, half * half_bits, words))
+          for (auto& of_row : words.row)
+            for (uint32_t& word : of_row) word = all_bits;
+        hide_and_shift(scores, rows, parameters.scale_log2, true, words);
+        raise_offsets(scores, rows, 0.0f, rescale);
+        scale_rows(output, rescale);
+        weigh<Element>(scores, rows, weights);
+
+        wait(values.full + key.stage(), key.parity());
+        const bool found = named_any<256>(5, take_out_non_finite(key.stage()));
+        start_output(output, weights, key.stage());
+        matrix_wait<0>();
+        pin(output);
+        release(values.empty + key.stage());
+        if (found) put_back_non_finite(output, words);
+        named_sync<256>(5);
+      }
+      query.advance();
+      if (uniform(static_cast<int>(work.has_rows[half]))) finish(output, rows, work, half, row);
+      release(works.empty + slot.stage());
+    }
+    if (thread == 0) wait_stores_read();
+  }
+
+  // Zeroes what is not finite in a tile of values and notes where it was; whether there was any.
+  __device__ __forceinline__ bool take_out_non_finite(int stage) const {
+    constexpr uint32_t exponent = std::is_same_v<Element, __half> ? 0x7c00 : 0x7f80;
+    constexpr uint32_t sign = 0x8000;
+    constexpr int words = 4 * head_dim / 256;  // of a thread
+    const int thread = threadIdx.x % 256 ^ 128;
+    const int column = thread % head_dim;
+    uint8_t* const tile = shared + Shape::value + stage * tile_bytes + column / box_columns * box_bytes;
+    bool found = false;
+    for (int word = thread / head_dim * words, end = word + words; word < end; ++word) {
+      uint32_t nan = 0, plus = 0, minus = 0;
+      for (int bit = 0; bit < 32; ++bit) {
+        const int key = 32 * word + bit;
+        const int chunk = column % box_columns / 8 ^ key % 8;
+        auto* const value =
+            reinterpret_cast<uint16_t*>(tile + key * row_bytes + chunk * 16) + column % 8;
+        const uint32_t bits = *value;
+        if ((bits & exponent) != exponent) continue;
+        const bool is_nan = (bits & ~sign) != exponent;
+        (is_nan ? nan : bits & sign ? minus : plus) |= 1u << bit;
+        *value = 0;
+        found = true;
+      }
+      non_finite.nan[word][column] = nan;
+      non_finite.plus[word][column] = plus;
+      non_finite.minus[word][column] = minus;
+    }
+    fence_shared_for_copies();
+    return found;
+  }
+
+  // Adds what was taken out to the rows that see it.
+  __device__ __forceinline__ void put_back_non_finite(float (&output)[head_dim / 2],
+                                                      const MaskWords& words) const {
+#pragma unroll
+    for (int n = 0; n < head_dim / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * n + threadIdx.x % 4 * 2 + e;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          uint32_t nan = 0, plus = 0, minus = 0;
+          for (int word = 0; word < 4; ++word) {
+            nan |= non_finite.nan[word][column] & words.row[r][word];
+            plus |= non_finite.plus[word][column] & words.row[r][word];
+            minus |= non_finite.minus[word][column] & words.row[r][word];
+          }
+          float& x = output[4 * n + 2 * r + e];
+          if (plus) x += infinity;
+          if (minus) x -= infinity;
+          if (nan) x = nanf("");
+        }
+      }
+  }
+
+  // Ending a query tile ---------------------------------------------------------------------------
+
+  // Divides by the sums and stores.
   __device__ __forceinline__ void finish(float (&output)[head_dim / 2], ThreadRows& rows,
                                          const WorkRecord& work, int half, int row) const {
     const int thread = threadIdx.x % 128;
     const int lane = thread % 32;
     float sums[2] = {rows.sum[0], rows.sum[1]};
     row_reduce(sums, [](float a, float b) { return a + b; });
+    // A sum that is NaN comes from scores, and is right.
+    float zero[2] = {};
+#pragma unroll
+    for (int i = 0; i < head_dim / 2; ++i) zero[i / 2 % 2] += 0.0f * output[i];
+    if ((zero[0] != 0.0f && sums[0] == sums[0]) || (zero[1] != 0.0f && sums[1] == sums[1]))
+      must_redo[parameters.launch % redo_slots] = parameters.launch;
     const float inverse[2] = {sums[0] == 0.0f ? 0.0f : __fdividef(1.0f, sums[0]),
                               sums[1] == 0.0f ? 0.0f : __fdividef(1.0f, sums[1])};
     scale_rows(output, inverse);
@@ -526,8 +667,8 @@ struct Forward {
   }
 };
 
-template <typename Element, int head_dim>
-__global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Parameters parameters) {
+template <typename Element, int head_dim, bool careful>
+__device__ __forceinline__ void run(const Parameters& parameters) {
   extern __shared__ uint8_t raw[];
   uint8_t* const shared = raw + (1024 - shared_address(raw) % 1024) % 1024;
   const Forward<Element, head_dim> kernel(parameters, shared);
@@ -535,20 +676,34 @@ __global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Pa
   __syncthreads();
   if (threadIdx.x < 128) {
     give_registers<40>();
-    switch (uniform(threadIdx.x / 32)) {
-      case 0:
-        kernel.plan();
-        break;
-      case 1:
-        kernel.load_queries_and_keys();
-        break;
-      case 2:
-        kernel.load_values();
-        break;
-    }
+    kernel.plan_and_load();
   } else {
     take_registers<232>();
-    kernel.compute(uniform(static_cast<int>(threadIdx.x) / 128 - 1));
+    const int half = uniform(static_cast<int>(threadIdx.x) / 128 - 1);
+    if constexpr (careful)
+      kernel.compute_carefully(half);
+    else
+      kernel.compute(half);
+  }
+}
+
+template <typename Element, int head_dim>
+__global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Parameters parameters) {
+  run<Element, head_dim, false>(parameters);
+}
+
+// Follows each launch of `forward`, and ends at once unless that found its output to be in doubt.
+template <typename Element, int head_dim>
+__global__ void __launch_bounds__(threads, 1)
+    forward_carefully(const __grid_constant__ Parameters parameters) {
+  volatile uint32_t& redo = must_redo[parameters.launch % redo_slots];
+  if (redo != parameters.launch) return;
+  run<Element, head_dim, true>(parameters);
+  // The last block leaves the slot as it was, for a launch that a CUDA graph repeats.
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd(&blocks_done[parameters.launch % redo_slots], 1u) + 1 == gridDim.x) {
+    blocks_done[parameters.launch % redo_slots] = 0;
+    redo = 0;
   }
 }
 

@@ -329,6 +329,9 @@ int32_t run(const gna_sm90_problem& plain, const gna_sm90_tensor& query, const g
   parameters.key_mask = plain.key_mask;
   parameters.key_mask_batch_stride = plain.key_mask_batch_stride;
   parameters.key_mask_token_stride = plain.key_mask_token_stride;
+  static std::atomic<uint32_t> launches;
+  while ((parameters.launch = ++launches) == 0) {
+  }
   const Kernel& kernel =
       kernels[(plain.type == GNA_SM90_FP16 ? 2 : 0) + (plain.head_dim == 128 ? 1 : 0)];
   const int blocks = static_cast<int>(std::min<int64_t>(count, work));

@@ -8,14 +8,18 @@ namespace gna::sm90 {
 // Sets the kernel up on the current device.
 template <typename Element, int head_dim>
 cudaError_t prepare() {
-  return cudaFuncSetAttribute(forward<Element, head_dim>,
-                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              Layout<head_dim>::bytes);
+  for (const auto& kernel : {forward<Element, head_dim>, forward_carefully<Element, head_dim>})
+    if (const cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<head_dim>::bytes))
+      return error;
+  return cudaSuccess;
 }
 
 template <typename Element, int head_dim>
 cudaError_t launch(const Parameters& parameters, int blocks, cudaStream_t stream) {
-  forward<Element, head_dim><<<blocks, threads, Layout<head_dim>::bytes, stream>>>(parameters);
+  constexpr int bytes = Layout<head_dim>::bytes;
+  forward<Element, head_dim><<<blocks, threads, bytes, stream>>>(parameters);
+  forward_carefully<Element, head_dim><<<blocks, threads, bytes, stream>>>(parameters);
   return cudaGetLastError();
 }
 

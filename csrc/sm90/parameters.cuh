@@ -41,6 +41,7 @@ struct Parameters {
   float* logsumexp;
   const uint8_t* key_mask;  // [batch, prefix + suffix], or null
   int64_t key_mask_batch_stride, key_mask_token_stride;
+  uint32_t launch;  // its number, not 0
 };
 
 // What the computing warpgroups need to know of a key tile. Bits of `flags`, for half h of the rows:
@@ -69,6 +70,12 @@ struct WorkRecord {
   Range sees[tile_rows + 2];
 };
 
+// Where a tile of values has what is not finite: by column, the keys, 32 a word.
+template <int head_dim>
+struct NonFinite {
+  uint32_t nan[4][head_dim], plus[4][head_dim], minus[4][head_dim];
+};
+
 // Stages of keys and of values, and the shared memory of a block.
 template <int head_dim>
 struct Layout {
@@ -83,9 +90,9 @@ struct Layout {
   static constexpr int key_records = output + tile_bytes;
   static constexpr int barriers = key_records + stages * static_cast<int>(sizeof(KeyRecord));
   static constexpr int work_records = barriers + (4 * stages + 2 + 2 * work_slots) * 8;
+  static constexpr int non_finite = work_records + work_slots * static_cast<int>(sizeof(WorkRecord));
   // 1024 more to align the rest.
-  static constexpr int bytes =
-      work_records + work_slots * static_cast<int>(sizeof(WorkRecord)) + 1024;
+  static constexpr int bytes = non_finite + static_cast<int>(sizeof(NonFinite<head_dim>)) + 1024;
   static_assert(bytes <= 227 * 1024);
 };
 

@@ -78,6 +78,19 @@ __device__ __forceinline__ void named_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
 
+// The same, and whether any thread says so.
+template <int threads>
+__device__ __forceinline__ bool named_any(int id, bool says) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred says, any;\nsetp.ne.b32 says, %3, 0;\n"
+      "bar.red.or.pred any, %1, %2, says;\nselp.b32 %0, 1, 0, any;\n}"
+      : "=r"(any)
+      : "r"(id), "n"(threads), "r"(static_cast<int>(says))
+      : "memory");
+  return any != 0;
+}
+
 // The copy engine ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
@@ -113,7 +126,7 @@ __device__ __forceinline__ void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// Shared memory written by plain stores is about to be read by the copy engine.
+// Shared memory written by plain stores is about to be read by the copy engine or the matrix unit.
 __device__ __forceinline__ void fence_shared_for_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

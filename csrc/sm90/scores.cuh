@@ -150,10 +150,10 @@ __device__ __forceinline__ bool shift_scores(float (&scores)[64], const ThreadRo
                                    max(largest[1][0], largest[1][1]) >= limit[1]);
 }
 
-// Raises the offsets of the warp's rows to their largest score where it is beyond the limit, and
-// shifts the scores accordingly; `rescale` is what earlier weights are now to be multiplied by.
-template <typename Element>
-__device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& rows,
+// Raises the offsets of the warp's rows to their largest score where its shifted value is at least
+// `limit`, and shifts the scores accordingly; `rescale` is what earlier weights are now to be
+// multiplied by.
+__device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& rows, float limit,
                                               float (&rescale)[2]) {
   float largest[2] = {-infinity, -infinity};
 #pragma unroll
@@ -164,11 +164,11 @@ __device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& r
   for (int r = 0; r < 2; ++r) {
     // Nothing visible yet leaves minus infinity: such a row waits for its first score.
     const bool first = rows.limit[r] == no_offset_yet;
-    const bool raises = first ? largest[r] != -infinity : largest[r] >= most_shifted<Element>;
+    const bool raises = first ? largest[r] != -infinity : largest[r] >= limit;
     by[r] = raises ? largest[r] : 0.0f;
     rescale[r] = first ? 1.0f : exp2_approximate(-by[r]);
     rows.offset[r] += by[r];
-    rows.limit[r] = raises || !first ? __float_as_int(most_shifted<Element>) : no_offset_yet;
+    rows.limit[r] = raises || !first ? __float_as_int(limit) : no_offset_yet;
     rows.sum[r] *= rescale[r];
   }
 #pragma unroll
