@@ -507,6 +507,7 @@ struct Forward {
             for (uint32_t& word : of_row) word = all_bits;
         hide_and_shift(scores, rows, parameters.scale_log2, true, words);
         raise_offsets(scores, rows, 0.0f, rescale);
+        for (float& by : rescale) by = fmaxf(by, 0x1p-126f);  // 0 would make NaN of inf
         scale_rows(output, rescale);
         weigh<Element>(scores, rows, weights);
 
