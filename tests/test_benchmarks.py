@@ -22,6 +22,15 @@ def test_models_names_the_known_ones() -> None:
     assert "hunyuan-video" in run.output
 
 
+def test_denoising() -> None:
+    """All phases are lowered by the first step, and the second run compiles nothing."""
+    run = CliRunner().invoke(app, ["denoising", "--tiny", "--layers", "1", "--steps", "6"])
+    assert run.exit_code == 0, run.output
+    assert "default: 2 attention sites: 2 rewritten; warmup: 2 attention sites: 0" in run.output
+    assert "graphs compiled in the first run's steps: {0: 1}" in run.output
+    assert "graphs compiled in the second run: {}" in run.output
+
+
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
