@@ -315,7 +315,7 @@ def _copy_sources(
         twin._param_name_to_source = gm._param_name_to_source
     for old, new in node_in.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
 
 
 def _graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:
