@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from gna_compile.lower import Lowered, lower
+from gna_compile.lower import Lowered, LoweredWhenCalled, is_static, lower
 from gna_compile.options import Options
-from gna_compile.phases import declare, known_phase
+from gna_compile.phases import current_phase, declare, known_phase
 from gna_compile.policy import DEFAULT_PHASE
 
 if TYPE_CHECKING:
@@ -67,31 +68,25 @@ gna = GnaBackend()
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
     """Rewrites what is decided, lowers the graph, and returns what Dynamo shall call."""
     from gna_compile.graph.rewrite import copy_with_sites, rewrite
-    from gna_compile.packed import CheckedAgainstIds, dense_when_needed, ids_checks
+    from gna_compile.packed import CheckedAgainstIds, ids_checks
     from gna_compile.report.collect import GraphRecord
 
-    def lowered(module: fx.GraphModule, inputs: Sequence[Any] = example_inputs) -> Lowered:
-        return lower(
-            module, inputs, inner=options.inner, mode=options.mode, inductor=options.inductor
-        )
-
+    # Whoever keeps this for later keeps no inputs alive.
+    lowered = partial(lower, inner=options.inner, mode=options.mode, inductor=options.inductor)
     plan = decide_graph(gm, example_inputs, options)
     record = GraphRecord.start(gm, plan.decisions)
     if not plan.is_rewritten:
         record.publish()
-        return lowered(gm)
+        return lowered(gm, example_inputs)
     _warn_if_recompilations_run_out()
 
-    layouts = [d.layout for variant in plan.variants for d in variant if d.is_rewritten]
-    checks = ids_checks(gm, [layout for layout in layouts if layout is not None])
-    dense = None
-    if checks:
-        dense = dense_when_needed(copy_with_sites(gm, [])[0], lowered)
-        if any(isinstance(value, torch.SymInt) for value in example_inputs):
-            dense(
-                example_inputs
-            )  # a symbolic graph can only be lowered now, while Dynamo traces it
-    runs: list[Lowered] = []
+    # A symbolic graph can only be lowered now, while Dynamo traces it; a static one that another
+    # phase runs waits until it does.
+    declare(plan.variant_of_phase)
+    phases = plan.variant_of_phase
+    now = phases.get(current_phase(), phases[DEFAULT_PHASE])
+    static = is_static(gm)
+    modules: list[fx.GraphModule] = []
     for variant in plan.variants:
         rewritten = [decision for decision in variant if decision.is_rewritten]
         module, sites = copy_with_sites(gm, [decision.site for decision in rewritten])
@@ -104,13 +99,31 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
             verify_masks=options.verify_masks,
         )
         record.add_variant(module)
-        run = lowered(module)
-        if dense is not None and rewritten:
-            run = CheckedAgainstIds(run, dense, checks, plan.root)
-        runs.append(run)
+        modules.append(module)
     record.publish()
-    declare(plan.variant_of_phase)
-    return runs[0] if len(plan.variant_of_phase) == 1 else by_phase(runs, plan.variant_of_phase)
+    runs: list[Lowered] = [
+        LoweredWhenCalled(module, lowered)
+        if static and index != now
+        else lowered(module, example_inputs)
+        for index, module in enumerate(modules)
+    ]
+
+    layouts = [d.layout for variant in plan.variants for d in variant if d.is_rewritten]
+    checks = ids_checks(gm, [layout for layout in layouts if layout is not None])
+    if checks:
+        dense = [not any(d.is_rewritten for d in variant) for variant in plan.variants]
+        if True in dense:
+            when_ids_differ = runs[dense.index(True)]
+        else:
+            module, _ = copy_with_sites(gm, [])
+            when_ids_differ = (
+                LoweredWhenCalled(module, lowered) if static else lowered(module, example_inputs)
+            )
+        runs = [
+            run if is_dense else CheckedAgainstIds(run, when_ids_differ, checks, plan.root)
+            for run, is_dense in zip(runs, dense, strict=True)
+        ]
+    return runs[0] if len(phases) == 1 else by_phase(runs, phases)
 
 
 @dataclass(frozen=True)
@@ -178,7 +191,7 @@ def _same_rewrites(row: Sequence[Decision], other: Sequence[Decision]) -> bool:
 
 
 def by_phase(runs: Sequence[Lowered], variant_of_phase: dict[str, int]) -> Lowered:
-    """Calls the variant that was lowered for the calling thread's phase."""
+    """Calls the variant of the calling thread's phase."""
 
     def run(*inputs: Any) -> Any:
         return runs[variant_of_phase[known_phase(variant_of_phase)]](*inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,3 +30,47 @@ def lower(
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(inner)(gm, list(example_inputs))
+
+
+class LoweredWhenCalled:
+    """A graph that its first call lowers, so that one that is never called costs nothing.
+
+    Dynamo is not tracing then, so no guard can come of it: the graph must be static, and Dynamo's
+    own guards, with those of a variant of the graph that was lowered at once, must be all it needs.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, lowered: Callable[[fx.GraphModule, Sequence[Any]], Lowered]
+    ) -> None:
+        self._gm: fx.GraphModule | None = gm
+        self._lowered = lowered
+        self._run: Lowered | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Any) -> Any:
+        run = self._run
+        return (run if run is not None else self._first(inputs))(*inputs)
+
+    @torch.compiler.disable
+    def _first(self, inputs: Sequence[Any]) -> Lowered:
+        with self._lock:
+            if self._run is None:
+                assert self._gm is not None
+                # As Dynamo does while it compiles: the caller's random numbers stay the same.
+                with torch._dynamo.utils.preserve_rng_state():
+                    self._run = self._lowered(self._gm, inputs)
+                self._gm = None
+            return self._run
+
+
+def is_static(gm: fx.GraphModule) -> bool:
+    """Whether no size in a graph of Dynamo is a symbol."""
+    for node in gm.graph.nodes:
+        if "unbacked_bindings" in node.meta:
+            return False
+        if node.op == "placeholder":
+            value = node.meta.get("example_value")
+            sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+            if any(isinstance(size, (torch.SymInt, torch.SymFloat)) for size in sizes):
+                return False
+    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class CheckedAgainstIds:
 
     Args:
         rewritten: the lowered, rewritten graph.
-        dense: gives the lowered dense graph; asked for at the first mismatch, with the inputs.
+        dense: the dense graph, lowered or to be lowered at the first mismatch.
         checks: from `ids_checks`.
         root: the compiled module. If `prepare` stamped it, a mismatch re-stamps it, so that
             the next call recompiles for the new grid.
@@ -47,7 +47,7 @@ class CheckedAgainstIds:
     def __init__(
         self,
         rewritten: Lowered,
-        dense: Callable[[Sequence[Any]], Lowered],
+        dense: Lowered,
         checks: Sequence[IdsCheck],
         root: nn.Module | None,
     ) -> None:
@@ -61,7 +61,7 @@ class CheckedAgainstIds:
             shown = self._shown(index, inputs[index])
             if shown is None or not same_grid(shown, grid):
                 self._report(shown, grid)
-                return self._dense(inputs)(*inputs)
+                return self._dense(*inputs)
         return self._rewritten(*inputs)
 
     def _shown(self, index: int, ids: torch.Tensor) -> tuple[int, ...] | None:
@@ -88,18 +88,3 @@ class CheckedAgainstIds:
             else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
             "when the grid changes",
         )
-
-
-def dense_when_needed(
-    module: fx.GraphModule, lowered: Callable[[fx.GraphModule, Sequence[Any]], Lowered]
-) -> Callable[[Sequence[Any]], Lowered]:
-    """Lowers `module` when it is first asked for; a static graph may wait until then."""
-    cache: list[Lowered] = []
-
-    @torch.compiler.disable
-    def get(inputs: Sequence[Any]) -> Lowered:
-        if not cache:
-            cache.append(lowered(module, inputs))
-        return cache[0]
-
-    return get

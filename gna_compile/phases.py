@@ -1,7 +1,8 @@
 """Phases: named stretches of a run that a policy gives rules of their own.
 
-All phases whose decisions differ are lowered when a graph is compiled, so switching is a lookup:
-no recompilation, no guard. The current phase belongs to the calling thread (or async task).
+All phases are decided when a graph is compiled, so switching is a lookup: no recompilation, no guard.
+Each graph that their decisions lead to is lowered once, when a phase that has it first runs (at once,
+if shapes are symbolic). The current phase belongs to the calling thread (or async task).
 """
 
 from __future__ import annotations

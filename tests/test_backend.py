@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import oracle
 import pytest
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gna_compile
+from gna_compile import backend, lower
 from gna_compile.backend import gna
 from gna_compile.graph.position_ids import grid_from_ids
 from gna_compile.options import OptionsError
@@ -271,6 +275,64 @@ def test_phases_switch_without_recompiling() -> None:
         torch.testing.assert_close(run(x), sparse, rtol=1e-4, atol=1e-5)
     with gna_compile.phase("warm-up"), pytest.raises(ValueError, match="'warmup'"):
         run(x)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_phase_is_lowered_when_it_first_runs(context: Any, dynamic: bool) -> None:
+    """Symbolic sizes need Dynamo's tracing, so there all phases are lowered at once."""
+    model, x = Net(), image()
+    sparse, dense = run_masked(model, x), model(x)
+    with mock.patch.object(backend, "lower", wraps=lower.lower) as calls, context():
+        run = compiled(model, PHASED, inner="inductor", dynamic=dynamic, fullgraph=True)
+        with gna_compile.phase("warmup"):
+            torch.testing.assert_close(run(x), dense, rtol=1e-4, atol=1e-5)
+            at_first = calls.call_count
+            torch.manual_seed(7)
+            torch.testing.assert_close(run(x), dense, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(x), sparse, rtol=1e-4, atol=1e-5)
+        drawn = torch.rand(3)
+        run(x)
+        added = calls.call_count - at_first
+    if dynamic:
+        assert at_first >= 2 and added == 0
+    else:
+        assert at_first == added == 1
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_a_phase_that_has_not_run_yet_keeps_no_inputs_alive() -> None:
+    model = Net()
+    run = compiled(model, PHASED)
+    x = image()
+    gone = weakref.ref(x)
+    with torch.no_grad():
+        run(x)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def test_parameters_stay_what_they_are_to_the_inner_compiler() -> None:
+    """Else it would take them for inputs that change, and CUDA graphs would copy all of them."""
+    model, x = Net(), image()
+    graphs = []
+
+    def seen(gm: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    with mock.patch.object(backend, "lower", seen):
+        run = compiled(model, PHASED)
+        run(x)
+        with gna_compile.phase("warmup"):
+            run(x)
+    assert len(graphs) == 2
+    for gm in graphs:
+        assert hasattr(gm, "_param_name_to_source")
+        sources = [node._dynamo_source.name for node in gm.graph.find_nodes(op="placeholder")]
+        assert len(set(map(str, sources))) == len(list(model.parameters())) + 1
 
 
 def test_a_phase_belongs_to_its_thread() -> None:

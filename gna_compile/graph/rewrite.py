@@ -291,6 +291,7 @@ def copy_with_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> tuple[fx.Graph
     for old, new in modules:
         module_in[old] = new
         node_in.update(zip(old.graph.nodes, new.graph.nodes, strict=True))
+    _copy_sources(gm, twin, node_in)
     copies = []
     for site in sites:
         changes: dict[str, Any] = {
@@ -300,6 +301,21 @@ def copy_with_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> tuple[fx.Graph
         }
         copies.append(replace(site, owner=module_in[site.owner], **changes))
     return twin, copies
+
+
+def _copy_sources(
+    gm: fx.GraphModule, twin: fx.GraphModule, node_in: dict[fx.Node, fx.Node]
+) -> None:
+    """Where the inputs come from, which Dynamo notes beside the graph and a copy loses.
+
+    Without it AOTAutograd takes parameters for inputs that change: CUDA graphs would copy all of
+    them before every replay, and no guard would keep two inputs from being one tensor.
+    """
+    if hasattr(gm, "_param_name_to_source"):
+        twin._param_name_to_source = gm._param_name_to_source
+    for old, new in node_in.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
 
 
 def _graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:
