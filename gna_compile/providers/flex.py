@@ -252,7 +252,7 @@ class _Tiles:
             keep = keep[:, None]
         if tensor.ndim == 4:
             keep = keep[..., None]
-        return torch.where(keep, tensor[:, :, self._order.clamp(min=0)], 0)
+        return tensor[:, :, self._order.clamp(min=0)].masked_fill(~keep, 0)
 
     def write(self, target: Tensor, tiled: Tensor) -> None:
         """Writes what `read` would read."""

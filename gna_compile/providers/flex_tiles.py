@@ -5,7 +5,8 @@ tokens are taken box by box (*tile order*). Global tokens come first, in tiles o
 left over at the edges are padding. Queries and keys share this order.
 
 The mask is separable, and so is everything here: each axis is cut on its own, and what the grid
-needs is a product over the axes. The work is in proportion to tokens and visited tiles.
+needs is a product over the axes. The work is in proportion to tokens and visited tiles; the lists
+are as wide as the longest of them, and with global tokens one list holds all tiles.
 """
 
 from __future__ import annotations
