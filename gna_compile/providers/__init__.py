@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from gna_compile.providers.cpu import Cpu
+from gna_compile.providers.flex import Flex
 from gna_compile.providers.portable import Portable
 from gna_compile.providers.problem import Declined, Forecast, Problem, Provider
 from gna_compile.providers.sm90 import Sm90
 
 __all__ = ["PROVIDERS", "Declined", "Forecast", "Problem", "Provider", "choose"]
 
-PROVIDERS: list[Provider] = [Cpu(), Sm90(), Portable()]
+PROVIDERS: list[Provider] = [Cpu(), Sm90(), Flex(), Portable()]
 """All providers, best first."""
 
 
