@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from textwrap import shorten
 from typing import TypeVar
 
@@ -23,14 +23,15 @@ def first_calls(runs: dict[str, Callable[[], T]]) -> tuple[dict[str, T], dict[st
     failed: dict[str, str] = {}
     for name, run in runs.items():
         try:
-            results[name] = run()
+            result = run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         except Exception as error:
-            results.pop(name, None)
             failed[name] = shorten(f"{type(error).__name__}: {error}", 160)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        else:
+            results[name] = result
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return results, failed
 
 
@@ -56,7 +57,7 @@ def _on_cpu(run: Run, calls: int) -> float:
     return 1e3 * (time.perf_counter() - start) / calls
 
 
-def take_turns(runs: dict[str, Run], repeats: int, measure: Clock) -> dict[str, list[float]]:
+def take_turns(runs: Mapping[str, Run], repeats: int, measure: Clock) -> dict[str, list[float]]:
     """Milliseconds a call of each, turn by turn, after a turn that is not counted.
 
     A card's clock drifts with its power and heat, so no two turns compare. The last two contestants
