@@ -41,7 +41,7 @@ typedef struct {
 typedef struct {
   int32_t type;                   /* GNA_SM90_BF16 or GNA_SM90_FP16 */
   int32_t batch, heads, kv_heads; /* kv_heads divides heads */
-  int32_t head_dim;               /* 64 or 128 */
+  int32_t head_dim;               /* a multiple of 8 up to 128 */
   int32_t axis_count;             /* 1 .. 3; the grid lies in raster order, last axis fastest */
   gna_sm90_axis axes[3];
   int32_t prefix, suffix;  /* global tokens before and after the grid */

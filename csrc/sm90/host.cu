@@ -177,7 +177,8 @@ int32_t make_maps(const gna_sm90_problem& plain, const Problem& problem,
 
 const char* broken_rule(const gna_sm90_problem& plain) {
   if (plain.type != GNA_SM90_BF16 && plain.type != GNA_SM90_FP16) return "unknown element type";
-  if (plain.head_dim != 64 && plain.head_dim != 128) return "the head size is neither 64 nor 128";
+  if (plain.head_dim < 8 || plain.head_dim > 128 || plain.head_dim % 8 != 0)
+    return "the head size is not a multiple of 8 up to 128";
   if (plain.batch < 1 || plain.heads < 1 || plain.kv_heads < 1 || plain.heads % plain.kv_heads != 0)
     return "batch or head counts";
   if (plain.axis_count < 1 || plain.axis_count > 3) return "a grid has 1 to 3 axes";
@@ -243,6 +244,8 @@ struct Kernel {
   cudaError_t (*launch)(const Parameters&, int, cudaStream_t);
 };
 
+// For the next larger head size too: the copy engine fills the missing columns with zeros and does not
+// write them.
 constexpr Kernel kernels[] = {{prepare_bf16_64, launch_bf16_64},
                               {prepare_bf16_128, launch_bf16_128},
                               {prepare_fp16_64, launch_fp16_64},
@@ -333,7 +336,7 @@ int32_t run(const gna_sm90_problem& plain, const gna_sm90_tensor& query, const g
   while ((parameters.launch = ++launches) == 0) {
   }
   const Kernel& kernel =
-      kernels[(plain.type == GNA_SM90_FP16 ? 2 : 0) + (plain.head_dim == 128 ? 1 : 0)];
+      kernels[(plain.type == GNA_SM90_FP16 ? 2 : 0) + (plain.head_dim > 64 ? 1 : 0)];
   const int blocks = static_cast<int>(std::min<int64_t>(count, work));
   if (const cudaError_t error = kernel.launch(parameters, blocks, stream))
     return fail(error, "launching the kernel");
