@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import backward, cpu, denoising, kernels, models, overhead, plots
+from benchmarks import backward, cpu, denoising, kernels, models, overhead, plots, resolutions
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 app.command("backward")(backward.main)
@@ -14,6 +14,7 @@ app.command("kernels")(kernels.main)
 app.command("models")(models.main)
 app.command("overhead")(overhead.main)
 app.command("plots")(plots.main)
+app.command("resolutions")(resolutions.main)
 
 
 if __name__ == "__main__":
