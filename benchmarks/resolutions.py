@@ -43,7 +43,7 @@ GRIDS: dict[str, list[Grid]] = {
 }
 TINY_GRIDS: dict[str, list[Grid]] = {
     "flux": [(12, 16), (16, 12), (12, 12)],
-    **dict.fromkeys(("hunyuan-video", "wan", "cosmos"), [(4, 6, 8), (4, 8, 6), (6, 6, 8)]),
+    **{name: [(4, 6, 8), (4, 8, 6), (6, 6, 8)] for name in ("hunyuan-video", "wan", "cosmos")},
 }
 
 
