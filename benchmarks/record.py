@@ -22,9 +22,24 @@ def save(name: str, results: Any) -> Path:
     return path
 
 
+def load_if_comparable(name: str) -> list[Any]:
+    """The results in that file if they belong to this machine, these versions and this commit."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return []
+    earlier = json.loads(path.read_text())
+    comparable = earlier.get("environment") == environment()
+    return list(earlier["results"]) if comparable else []
+
+
+def card() -> str:
+    """Short name of the GPU as file names have it, such as "h200"."""
+    return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
+
+
 def environment() -> dict[str, Any]:
     """Processor, versions and commit."""
-    packages = ("torch", "diffusers", "transformers", "timm", "gna-compile")
+    packages = ("torch", "triton", "diffusers", "transformers", "timm", "gna-compile")
     found: dict[str, Any] = {
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -35,6 +50,10 @@ def environment() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+        found["versions"] |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
     return found
 
 
