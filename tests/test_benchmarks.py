@@ -228,11 +228,16 @@ def test_earlier_results_are_kept_only_if_they_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    assert record.load_if_comparable("kernels-h200") == []
-    record.save("kernels-h200", [{"case": "dense"}])
-    assert record.load_if_comparable("kernels-h200") == [{"case": "dense"}]
+
+    def kept(*rows: dict[str, Any]) -> Any:
+        return json.loads(record.update("it", "case", list(rows), "abc").read_text())["results"]
+
+    old, new = {"case": "c", "ms": 1}, {"case": "c", "ms": 2}
+    assert kept(old) == [old]
+    assert kept({"case": "b"}, {"case": "a"}) == [{"case": "a"}, {"case": "b"}, old]
+    assert kept(new) == [{"case": "a"}, {"case": "b"}, new]
     monkeypatch.setattr(record, "environment", lambda: {"gpu": "another"})
-    assert record.load_if_comparable("kernels-h200") == []
+    assert kept({"case": "a"}) == [{"case": "a"}]
 
 
 @pytest.fixture
