@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gna_compile.planner import PlanError, plan
-from gna_compile.providers import planned
+from gna_compile.providers import first_use, planned
 from gna_compile.providers.flex import Flex
 from gna_compile.providers.portable import Portable
 from gna_compile.providers.problem import Forecast, Problem, Provider
@@ -43,14 +43,17 @@ class Sm90:
     def supports(self, problem: Problem) -> str | None:
         if problem.device != "cuda":
             return f"runs on cuda, not {problem.device}"
-        if library() is None:
+        loaded = library()
+        if loaded is None:
             return "the CUDA kernels were not built"
         capability = _current_capability()
         if capability == (0, 0):
             return "there is no CUDA device"
         if capability != (9, 0):
             return f"needs compute capability 9.0, not {capability[0]}.{capability[1]}"
-        return self.declines(problem)
+        return self.declines(problem) or first_use.failure(
+            self.name, loaded._name, torch.cuda.current_device()
+        )
 
     def declines(self, problem: Problem) -> str | None:
         """Why no device could run `problem` with this kernel, or None if one could."""
