@@ -70,7 +70,8 @@ def main(
         steps = training_steps(CASES[name], contestants.split(","), "cuda")
         results.append(measure(name, steps, repeats, limit, "cuda"))
         console.print(f"{name}: {results[-1].ms} {results[-1].failed or ''}", highlight=False)
-        path = record.save(f"backward-{record.card()}", [asdict(result) for result in results])
+        rows = [asdict(result) for result in results]
+        path = record.update(f"backward-{record.card()}", "case", rows, CASES)
     console.print(table(results))
     console.print(f"written to {path}")
 

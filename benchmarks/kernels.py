@@ -188,14 +188,14 @@ def main(
     torch.manual_seed(0)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(record.environment(), highlight=False)
-    file = f"kernels-{record.card()}"
-    results = {row["case"]: Result(**row) for row in record.load_if_comparable(file)}
+    results: list[Result] = []
     for name in names or CASES:
-        results[name] = measure(name, CASES[name], chosen, repeats, provider, "cuda")
-        console.print(summary(results[name]), highlight=False)
+        results.append(measure(name, CASES[name], chosen, repeats, provider, "cuda"))
+        console.print(summary(results[-1]), highlight=False)
         # After every case, so that a run that is cut off leaves what it has.
-        path = record.save(file, [asdict(results[name]) for name in CASES if name in results])
-    console.print(table(results[name] for name in names or CASES))
+        rows = [asdict(result) for result in results]
+        path = record.update(f"kernels-{record.card()}", "case", rows, CASES)
+    console.print(table(results))
     console.print(f"written to {path}")
     plots.draw(path)
 

@@ -265,7 +265,7 @@ def main(
         if not tiny:
             # After every model, so that a run that is cut off leaves what it has.
             file = f"models-{record.card()}{variant}"
-            path = record.save(file, [asdict(result) for result in results])
+            path = record.update(file, "model", [asdict(result) for result in results], CASES)
     if not tiny:
         console.print(f"written to {path}")
         plots.draw(path)

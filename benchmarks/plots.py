@@ -53,6 +53,8 @@ def draw(path: Path) -> None:
     data = json.loads(path.read_text())
     for plot in plots:
         figure = plot(pyplot, data["results"], _title(data["environment"]))
+        if figure is None:
+            continue
         name = path.with_suffix(".svg" if plot is plots[0] else f".{plot.__name__}.svg")
         figure.savefig(name, metadata={"Date": None})
         pyplot.close(figure)
@@ -63,7 +65,7 @@ def _title(environment: dict[str, Any]) -> str:
     versions = environment["versions"]
     cudnn = f", cuDNN {versions['cudnn']}" if "cudnn" in versions else ""
     return (
-        f"{environment.get('gpu', environment['cpu'])}, torch {versions['torch']}{cudnn}, "
+        f"{environment.get('gpu') or environment['cpu']}, torch {versions['torch']}{cudnn}, "
         f"commit {environment['commit'][:7]}"
     )
 
@@ -88,27 +90,31 @@ def rates(pyplot: Any, results: list[dict[str, Any]], title: str) -> Any:
 
 
 def predictions(pyplot: Any, results: list[dict[str, Any]], title: str) -> Any:
-    """The planner's time against the measured one."""
+    """The planner's time against the measured one; None if there is nothing to compare."""
     points = [
         (result["ms"]["ours"], result["predicted_ms"], result["case"])
         for result in results
         if "ours" in result["ms"] and result["predicted_ms"] is not None
     ]
+    if not points:
+        return None
     figure, axes = pyplot.subplots(figsize=(6.5, 6))
-    if points:
-        times = [time for *both, _ in points for time in both]
-        ends = [0.7 * min(times), 1.4 * max(times)]
-        axes.plot(ends, ends, "k-", linewidth=0.7)
-        band = ([0.9 * end for end in ends], [1.1 * end for end in ends])
-        axes.fill_between(ends, *band, color="tab:green", alpha=0.2, label="within 10 %")
-        axes.scatter([point[0] for point in points], [point[1] for point in points], s=14)
-        for measured, predicted, case in points:
-            offset = (4, -6) if predicted < measured else (-4, 5)
-            side = "left" if predicted < measured else "right"
-            place = {"xytext": offset, "textcoords": "offset points", "ha": side}
-            axes.annotate(case, (measured, predicted), fontsize=6, **place)
-        axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
-        axes.legend(fontsize=8, loc="upper left")
+    times = [time for *both, _ in points for time in both]
+    ends = [0.7 * min(times), 1.4 * max(times)]
+    axes.plot(ends, ends, "k-", linewidth=0.7)
+    band = ([0.9 * end for end in ends], [1.1 * end for end in ends])
+    axes.fill_between(ends, *band, color="tab:green", alpha=0.2, label="within 10 %")
+    axes.scatter([point[0] for point in points], [point[1] for point in points], s=14)
+    for measured, predicted, case in points:
+        below = predicted < measured
+        place: dict[str, Any] = {
+            "xytext": (4, -6) if below else (-4, 5),
+            "ha": "left" if below else "right",
+        }
+        place["textcoords"] = "offset points"
+        axes.annotate(case, (measured, predicted), fontsize=6, **place)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.legend(fontsize=8, loc="upper left")
     axes.set_xlabel("measured, ms")
     axes.set_ylabel("predicted by the planner, ms")
     axes.set_title(title, fontsize=8)

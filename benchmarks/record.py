@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,21 @@ def save(name: str, results: Any) -> Path:
     return path
 
 
-def load_if_comparable(name: str) -> list[Any]:
-    """The results in that file if they belong to this machine, these versions and this commit."""
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        return []
-    earlier = json.loads(path.read_text())
-    comparable = earlier.get("environment") == environment()
-    return list(earlier["results"]) if comparable else []
+def update(name: str, key: str, results: list[dict[str, Any]], order: Iterable[str]) -> Path:
+    """As `save`, and keeps rows of the file that compare: same machine, versions and commit.
+
+    Args:
+        name: of the file.
+        key: what tells rows apart; earlier rows with the same value are replaced.
+        results: rows.
+        order: values of `key` as they are to come in the file.
+    """
+    path, told = RESULTS / f"{name}.json", {row[key] for row in results}
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    if earlier.get("environment") == environment():
+        results = results + [row for row in earlier["results"] if row[key] not in told]
+    places = list(order)
+    return save(name, sorted(results, key=lambda row: places.index(row[key])))
 
 
 def card() -> str:

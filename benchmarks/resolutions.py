@@ -86,7 +86,8 @@ def main(
                 calls += measure(name, backend, layers, dtype, tiny)
         console.print(table([call for call in calls if call.model == name]))
         if not tiny:
-            record.save(f"resolutions-{record.card()}", [asdict(call) for call in calls])
+            rows = [asdict(call) for call in calls]
+            record.update(f"resolutions-{record.card()}", "model", rows, CASES)
 
 
 def measure(name: str, backend: str, layers: int, dtype: str, tiny: bool) -> list[Call]:

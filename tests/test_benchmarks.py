@@ -16,6 +16,7 @@ from benchmarks import backward, denoising, kernels, plots, record, resolutions,
 from benchmarks.__main__ import app
 from benchmarks.models import kind_of
 from gna_compile.simulate import cases
+from tools import readme_tables
 
 
 def text_of(table: Any) -> str:
@@ -227,8 +228,78 @@ def test_earlier_results_are_kept_only_if_they_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    assert record.load_if_comparable("kernels-h200") == []
-    record.save("kernels-h200", [{"case": "dense"}])
-    assert record.load_if_comparable("kernels-h200") == [{"case": "dense"}]
+
+    def kept(*rows: dict[str, Any]) -> Any:
+        return json.loads(record.update("it", "case", list(rows), "abc").read_text())["results"]
+
+    old, new = {"case": "c", "ms": 1}, {"case": "c", "ms": 2}
+    assert kept(old) == [old]
+    assert kept({"case": "b"}, {"case": "a"}) == [{"case": "a"}, {"case": "b"}, old]
+    assert kept(new) == [{"case": "a"}, {"case": "b"}, new]
     monkeypatch.setattr(record, "environment", lambda: {"gpu": "another"})
-    assert record.load_if_comparable("kernels-h200") == []
+    assert kept({"case": "a"}) == [{"case": "a"}]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder where the README's tables look for results."""
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def write(path: Path, rows: Any, commit: str = "0123456789") -> None:
+    environment = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11"}, "commit": commit}
+    path.write_text(json.dumps({"environment": environment, "results": rows}))
+
+
+def test_the_readmes_table_of_kernels(results: Path) -> None:
+    rows = [asdict(result) for result in canned()]
+    rows[0]["ms"]["cudnn-masked"] = 404.4
+    write(results / "kernels-h200.json", rows)
+    (results / "kernels-h200.svg").touch()
+    about, table, *notes = readme_tables.kernels().split("\n\n")
+    assert about == "NVIDIA H200, torch 2.11, commit 0123456:"
+    head, _, first, *_ = table.splitlines()
+    # Nobody ran FlashAttention-2 or FlexAttention: they have no column.
+    assert head == (
+        "| case | FLOP bound | cuDNN dense, ms | ours, ms | ours | of the bound "
+        "| useful TFLOP/s | planner's error |"
+    )
+    assert first.startswith("| hunyuan-text | 10.79× | 270.0 | 30.00 | **9.00×** | 83% | 506 | -")
+    assert "cuDNN takes 404 ms on `hunyuan-text`" in notes[0]
+    assert notes[1] == "`flex` did not run on `hunyuan-text`: OutOfMemoryError: too much"
+    assert notes[-1] == "![Useful TFLOP/s](kernels-h200.svg)"
+
+
+def test_the_readmes_table_of_transformers(results: Path) -> None:
+    side = {"ms": 10.4, "attention_share": 0.75, "cold_s": 16.4, "peak_gib": 4.25}
+    row = {"model": "wan", "grid": [21, 45, 80], "text": 512, "layers": 3, "policy": "wan2.1-720p"}
+    row |= {"batch": 1, "dtype": "bf16", "regional": False, "mode": None}
+    row |= {"dense": side, "gna": side, "speedup": 2.946, "bound": 3.14}
+    write(results / "models-h200.json", [row])
+    write(results / "models-h200-regional-fp16.json", [row | {"regional": True, "dtype": "fp16"}])
+    write(results / "models-h100.json", [row | {"batch": 2}], commit="")
+    h100, h100_table, _, table = readme_tables.transformers().split("\n\n")
+    assert h100 == "NVIDIA H200, torch 2.11:"
+    assert "| wan, batch 2 | 21×45×80 + 512 |" in h100_table
+    cells = "| 10 | 10 | **2.95×** | 3.14× | 75% → 75% | 16 → 16 | 4.2 → 4.2 |"
+    rows = [f"| {name} | 21×45×80 + 512 | 3 | wan2.1-720p {cells}" for name in
+            ("wan", "wan, block by block, fp16")]  # fmt: skip
+    assert table.splitlines()[2:] == rows
+
+
+def test_the_readmes_tables_of_loops_and_training(results: Path) -> None:
+    assert readme_tables.loops() == readme_tables.training() == ""
+    gna = {"seconds": 20.0, "steps": {"warmup": 9, "default": 19}, "compiled again": {}}
+    row = {"model": "flux", "layers": 2, "policy": "flux-4k", "steps": 28, "paper": 1.45}
+    row |= {"dense": {"seconds": 30.0}, "gna": gna, "speedup": 1.5}
+    write(results / "denoising-h200.json", [row])
+    assert readme_tables.loops().splitlines()[-1] == (
+        "| flux, 2 layers | flux-4k | 28 | 9 | 30.0 | 20.0 | **1.50×** | 1.45× | 0 |"
+    )
+    step = backward.Result("1d-32k", 16.0, {"cudnn": 10.0, "sm90": 2.0}, {"sm90": 5.0}, {})
+    write(results / "backward-h200.json", [asdict(step)])
+    assert (
+        readme_tables.training().splitlines()[-1] == "| 1d-32k | 16.00× | 10.0 | 2.0 | **5.00×** |"
+    )
