@@ -8,11 +8,9 @@ from typing import Any
 
 def at(layout: str, *coordinates: int) -> int:
     """The offset of a coordinate, one int a top-level mode."""
-    shape, stride = (ast.literal_eval(part) for part in layout.split(":"))
-    return sum(
-        offset(*mode, coordinate)
-        for *mode, coordinate in zip(shape, stride, coordinates, strict=True)
-    )
+    shapes, strides = (ast.literal_eval(part) for part in layout.split(":"))
+    modes = zip(shapes, strides, coordinates, strict=True)
+    return sum(offset(shape, stride, coordinate) for shape, stride, coordinate in modes)
 
 
 def offset(shape: Any, stride: Any, coordinate: int) -> int:

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-
 from ptx import cute
+from ptx.unit_matrices import (
+    Bytes,
+    Floats,
+    Map,
+    Operand,
+    addresses,
+    close,
+    coordinates,
+    descriptor,
+    floats,
+    from_float,
+    load,
+    rounded,
+    to_float,
+)
 from ptx.unit_shim import Fault, aligned_bytes, call, pointer
-
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 
 # Chunks of 16 bytes: row by row, which one of the row lies first, second, ... (PTX ISA 5.5.7, the
 # figures of the swizzling modes).
@@ -53,18 +64,6 @@ def swizzled(span: int, address: int) -> int:
 # Numbers ------------------------------------------------------------------------------------------
 
 
-def to_float(bf16: bool, bits: npt.NDArray[np.uint16]) -> Floats:
-    result = np.zeros(bits.shape, np.float32)
-    call("unit_to_float", bf16, bits, result, bits.size)
-    return result
-
-
-def from_float(bf16: bool, x: Floats) -> npt.NDArray[np.uint16]:
-    result = np.zeros(x.shape, np.uint16)
-    call("unit_from_float", bf16, np.ascontiguousarray(x), result, x.size)
-    return result
-
-
 def same_floats(a: Floats, b: Floats) -> None:
     nan = np.isnan(a)
     np.testing.assert_array_equal(nan, np.isnan(b))
@@ -87,7 +86,7 @@ def test_rounding_to_16_bits(bf16: bool) -> None:
         ties = ((finite[:-1].astype(np.float64) + finite[1:]) / 2).astype(np.float32)
         beside = [np.nextafter(ties, np.float32(s * np.inf)) for s in (-1, 1)]
     noise = np.random.default_rng(0).integers(0, 1 << 32, 200_000, np.uint32).view(np.float32)
-    x = np.concatenate([numbers, ties, *beside, noise, np.float32([65519.996, 65520, -65520])])
+    x = np.concatenate([numbers, ties, *beside, noise, floats(65519.996, 65520, -65520)])
     if bf16:
         expected = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     else:
@@ -117,11 +116,9 @@ def test_exp2() -> None:
     np.testing.assert_array_max_ulp(exp2(x, False), expected, 2)
     tiny = np.abs(expected) < np.finfo(np.float32).tiny
     np.testing.assert_array_max_ulp(exp2(x, True), np.where(tiny, np.float32(0), expected), 2)
-    special = np.float32([-np.inf, -0.0, 0.0, np.inf, np.nan, 1e-40])
+    special = floats(-np.inf, -0.0, 0.0, np.inf, np.nan, 1e-40)
     for flush in (False, True):
-        np.testing.assert_array_equal(
-            exp2(special, flush), np.float32([0, 1, 1, np.inf, np.nan, 1])
-        )
+        np.testing.assert_array_equal(exp2(special, flush), floats(0, 1, 1, np.inf, np.nan, 1))
 
 
 # Swizzles -----------------------------------------------------------------------------------------
@@ -139,46 +136,6 @@ def test_swizzle(span: int) -> None:
 
 ELEMENT_TYPES = {1: 0, 2: 9, 4: 7, 8: 8}  # by bytes: u8, bf16, fp32, fp64
 SWIZZLES = {16: 0, 32: 1, 64: 2, 128: 3}
-
-
-@dataclass
-class Map:
-    """The arguments of cuTensorMapEncodeTiled, innermost first, and the map made of them."""
-
-    extents: list[int]
-    strides: list[int]
-    box: list[int]
-    steps: list[int] = field(default_factory=list)
-    address: int = 0
-    type: int = 0
-    interleave: int = 0
-    swizzle: int = 0
-    promotion: int = 0
-    fill: int = 0
-    rank: int | None = None
-
-    def encode(self) -> int:
-        self.map = aligned_bytes(128, 64)
-        why = np.zeros(1, np.uint64)
-        rank = len(self.extents) if self.rank is None else self.rank
-        result = call(
-            "unit_encode",
-            self.map,
-            self.type,
-            rank,
-            self.address,
-            np.array(self.extents, np.uint64),
-            np.array([*self.strides, 0], np.uint64),
-            np.array(self.box, np.uint32),
-            np.array(self.steps or [1] * len(self.box), np.uint32),
-            self.interleave,
-            self.swizzle,
-            self.promotion,
-            self.fill,
-            why,
-        )
-        assert isinstance(result, int)
-        return result
 
 
 def sound(**changes: Any) -> Map:
@@ -232,7 +189,7 @@ def test_box_by_hand() -> None:
     box = Map([20, 3], [32], [32, 4], address=pointer(memory))
     assert box.encode() == 0
     shared = np.full(512, 0xAA, np.uint8)
-    call("unit_load_box", box.map, np.int32([-2, -1]), shared, 512, 256)
+    call("unit_load_box", box.map, coordinates(-2, -1), shared, 512, 256)
     expected = np.zeros((4, 32), np.uint8)
     for row in range(3):
         expected[row + 1, 2:22] = np.arange(20) + 32 * row
@@ -247,7 +204,7 @@ def test_box_with_steps_by_hand() -> None:
     box = Map([16, 6], [16], [16, 7], steps=[5, 3], address=pointer(memory))
     assert box.encode() == 0
     shared = np.full(128, 0xAA, np.uint8)
-    call("unit_load_box", box.map, np.int32([0, -1]), shared, 128, 0)
+    call("unit_load_box", box.map, coordinates(0, -1), shared, 128, 0)
     expected = [np.zeros(16), np.arange(32, 48), np.arange(80, 96)]
     np.testing.assert_array_equal(shared[:48].reshape(3, 16), expected)
     assert (shared[48:] == 0xAA).all()
@@ -364,7 +321,7 @@ def test_random_boxes(seed: int) -> None:
 def test_copies_that_break_a_rule() -> None:
     memory = aligned_bytes(64 * 128, 16)
     shared = np.zeros(4096, np.uint8)
-    at = np.int32([0, 0])
+    at = coordinates(0, 0)
     box = sound(address=pointer(memory), swizzle=3)
     assert box.encode() == 0
     call("unit_load_box", box.map, at, shared, 4096, 4096 - 1024)
@@ -382,22 +339,6 @@ def test_copies_that_break_a_rule() -> None:
 
 
 # Descriptors --------------------------------------------------------------------------------------
-
-
-def descriptor(sm: int, start: int, leading: int, stride: int, span: int) -> int:
-    """By the tables "Matrix descriptor format" (wgmma) and "Shared memory descriptor" (tcgen05)."""
-    bits = start >> 4 | leading >> 4 << 16 | stride >> 4 << 32
-    if sm == 90:
-        return bits | {16: 0, 128: 1, 64: 2, 32: 3}[span] << 62
-    return bits | 1 << 46 | {16: 0, 128: 2, 64: 4, 32: 6}[span] << 61
-
-
-def addresses(
-    sm: int, bits: int, mn_major: bool, rows: int, columns: int = 16, element_bytes: int = 2
-) -> npt.NDArray[np.uint32]:
-    result = np.zeros((rows, columns), np.uint32)
-    call("unit_smem_addresses", sm, bits, mn_major, rows, columns, element_bytes, result)
-    return result
 
 
 def layout_addresses(
@@ -575,38 +516,6 @@ def test_factor_fragment() -> None:
     assert places == set(itertools.product(range(64), range(16)))
 
 
-def rounded(bf16: bool, x: npt.NDArray[Any]) -> Floats:
-    return to_float(bf16, from_float(bf16, x.astype(np.float32)))
-
-
-@dataclass
-class Operand:
-    """A random 16-bit matrix, rows x 16, laid out in shared memory for a descriptor."""
-
-    rng: np.random.Generator
-    sm: int
-    rows: int
-    bf16: bool
-    mn_major: bool
-    span: int
-    start: int
-    shared: Bytes
-
-    def __post_init__(self) -> None:
-        unit = 8 * self.span if self.span > 16 else 128
-        atoms = -(-2 * self.rows // self.span) if self.mn_major else self.rows // 8
-        # No two parts of the matrix share bytes.
-        leading, stride = (unit, unit * max(atoms, 2)) if self.mn_major else (unit * 64, unit)
-        if self.span == 16 and self.mn_major:
-            leading, stride = stride, leading
-        self.numbers = rounded(self.bf16, self.rng.standard_normal((self.rows, 16)))
-        self.bits = descriptor(self.sm, self.start, leading, stride, self.span)
-        where = addresses(self.sm, self.bits, self.mn_major, self.rows)
-        assert len(np.unique(where)) == where.size
-        halves = self.shared.view(np.uint16)
-        halves[where // 2] = from_float(self.bf16, self.numbers)
-
-
 def wgmma(
     n: int,
     bf16: bool,
@@ -637,11 +546,6 @@ def wgmma(
     return d
 
 
-def close(actual: Floats, expected: npt.NDArray[np.float64]) -> None:
-    """Up to the rounding of one sum."""
-    np.testing.assert_array_max_ulp(actual, expected.astype(np.float32), 1)
-
-
 WGMMA_CASES = [
     (n, bf16, ta, tb, span)
     for n, bf16 in ((8, True), (64, False), (128, True), (136, False), (256, True))
@@ -659,7 +563,7 @@ def test_products_of_shared_memory(n: int, bf16: bool, ta: bool, tb: bool, span:
     b = Operand(rng, 90, n, bf16, tb, span, 128 * 1024, shared)
     d = rng.standard_normal((64, n)).astype(np.float32)
     product = a.numbers.astype(np.float64) @ b.numbers.T.astype(np.float64)
-    for scales in itertools.product((1, -1), repeat=2):
+    for scales in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
         for scale_d in (False, True):
             actual = wgmma(n, bf16, scales, (ta, tb), a.bits, b.bits, shared, scale_d, d)
             close(actual, scales[0] * scales[1] * product + scale_d * d.astype(np.float64))
@@ -686,7 +590,7 @@ def test_products_that_are_not_finite() -> None:
     shared = np.zeros(4096, np.uint8)
     a, b = (descriptor(90, start, 16, 256, 32) for start in (0, 2048))
     halves = shared.view(np.uint16)
-    one, inf, nan = from_float(True, np.float32([1, np.inf, np.nan]))
+    one, inf, nan = from_float(True, floats(1, np.inf, np.nan))
     at_a, at_b = addresses(90, a, False, 64) // 2, addresses(90, b, False, 8) // 2
     halves[at_a[0, 0]], halves[at_a[1, 1]], halves[at_a[2, 2]] = one, inf, nan
     halves[at_b] = one
@@ -713,16 +617,6 @@ def test_products_that_break_a_rule() -> None:
 
 
 # The chain ----------------------------------------------------------------------------------------
-
-
-def load(matrix: npt.NDArray[np.uint16], rows: int, shared: Bytes, to: int) -> None:
-    """Rows of a matrix in boxes of 64 columns, as the kernels load queries, keys and values."""
-    height, width = matrix.shape
-    box = Map([width, height], [2 * width], [64, rows], type=9, swizzle=3, address=pointer(matrix))
-    assert box.encode() == 0
-    for number in range(width // 64):
-        at = np.int32([64 * number, 0])
-        call("unit_load_box", box.map, at, shared, shared.size, to + number * rows * 128)
 
 
 def test_attention_products() -> None:

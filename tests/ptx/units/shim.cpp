@@ -210,12 +210,16 @@ int unit_tensor_access(int shape, uint32_t repeat, int packed, uint32_t address,
   });
 }
 
-// Single cells, for tests.
-void unit_tensor_write(TensorMemory* memory, uint32_t lane, uint32_t column, uint32_t bits) {
-  memory->write(lane, column, bits);
+// Neighbouring columns of a lane, whoever may access them.
+void unit_tensor_write(TensorMemory* memory, uint32_t lane, uint32_t column, uint32_t count,
+                       const uint32_t* bits) {
+  for (uint32_t i = 0; i < count; ++i) memory->write(lane, column + i, bits[i]);
 }
-int unit_tensor_read(const TensorMemory* memory, uint32_t lane, uint32_t column, uint32_t* bits) {
-  return guarded([&] { *bits = memory->read(lane, column, "a test"); });
+int unit_tensor_read(const TensorMemory* memory, uint32_t lane, uint32_t column, uint32_t count,
+                     uint32_t* bits) {
+  return guarded([&] {
+    for (uint32_t i = 0; i < count; ++i) bits[i] = memory->read(lane, column + i, "a test");
+  });
 }
 
 // tcgen05.mma -------------------------------------------------------------------------------------
