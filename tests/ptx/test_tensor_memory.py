@@ -321,7 +321,8 @@ def test_instruction_descriptors() -> None:
     assert decode(0x10 | 0x80 | 0x400 | 16 << 17 | 8 << 24) == [128, 128, 1, 0, 0, 0, 0]
     assert decode(0x08210490) == [128, 128, 1, 0, 0, 0, 1]
     assert decode(0x08110010) == [128, 64, 0, 0, 0, 0, 1]
-    assert decode(0x0440E010) == [64, 256, 0, 1, 1, 1, 0]
+    assert decode(0x0440A010) == [64, 256, 0, 1, 0, 1, 0]
+    assert decode(0x04404010) == [64, 256, 0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
