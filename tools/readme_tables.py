@@ -209,7 +209,10 @@ def _about(data: Any) -> str:
     environment = data["environment"]
     versions = environment["versions"]
     names = {"torch": "torch", "diffusers": "diffusers", "triton": "Triton", "cudnn": "cuDNN"}
-    parts = [f"{label} {versions[name]}" for name, label in names.items() if versions.get(name)]
+    told = {**versions}
+    if versions.get("cudnn"):  # a number such as 91900
+        told["cudnn"] = f"{versions['cudnn'] // 10000}.{versions['cudnn'] // 100 % 100}"
+    parts = [f"{label} {told[name]}" for name, label in names.items() if told.get(name)]
     commit = environment["commit"][:7]
     return ", ".join([environment["gpu"], *parts, *([f"commit {commit}"] if commit else [])])
 
