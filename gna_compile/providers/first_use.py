@@ -3,7 +3,11 @@
 A process of its own runs small problems through the kernel and compares them with the portable
 provider: a kernel that hangs or corrupts its context takes that process along and no other. What
 came of it is kept on disk, by GPU model, driver and the kernel's library, so it costs a few seconds
-once. `GNA_FIRST_USE_CHECK=0` in the environment turns it off.
+once; a process that never got to the kernel (no memory left on the GPU, a GPU that takes one process
+only) says nothing of the kernel and is tried again by the next process.
+
+In the environment, `GNA_FIRST_USE_CHECK=0` turns the check off, and `GNA_CACHE_DIR` is where results
+are kept instead of `gna-compile` in `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,8 +33,24 @@ TIMEOUT = 120.0  # seconds, most of them for importing torch and starting CUDA
 PROVEN = {"sm90": frozenset({"NVIDIA H100 80GB HBM3", "NVIDIA H200"})}
 """By provider, the GPU models on which its whole test suite has passed."""
 
+READY = "the kernel's turn"
+"""What the process prints once everything but the kernel has been seen to work."""
+
 _DRIVER = Path("/proc/driver/nvidia/version")
 _TOLERANCE = 0.02  # ||error|| / ||expected||; bf16 rounds to 0.004
+
+
+class Outcome(NamedTuple):
+    """What came of a check.
+
+    Attributes:
+        failure: what went wrong, or None.
+        is_of_the_kernel: whether the kernel had its turn; only then does the outcome say anything
+            of it.
+    """
+
+    failure: str | None
+    is_of_the_kernel: bool
 
 
 @cache
@@ -46,36 +67,66 @@ def failure(provider: str, library: str, device: int) -> str | None:
         return None
     known = _cache() / f"first-use-{provider}-{_key(card, Path(library))}.json"
     try:
-        found: str | None = json.loads(known.read_text())["failure"]
-    except (OSError, ValueError, KeyError):
-        found = run([sys.executable, "-m", __name__, provider, str(device)], TIMEOUT)
-        _keep(known, card, found)
-    if found is None:
+        found = Outcome(json.loads(known.read_text())["failure"], True)
+    except (OSError, ValueError, KeyError, TypeError):
+        found = run(command(provider, f"cuda:{device}"), TIMEOUT)
+        if found.is_of_the_kernel:
+            _keep(known, card, found.failure)
+    if found.failure is None:
         return None
-    reason = f"its check on {card} failed: {found} (kept in {known}; delete it to check again)"
+    if found.is_of_the_kernel:
+        reason = f"its check on {card} failed: {found.failure} (kept in {known}; delete it to check again)"
+    else:
+        reason = f"it could not be checked on {card}: {found.failure} ({SWITCH}=0 does without)"
     warnings.warn(f"gna-compile does not use {provider} here: {reason}", stacklevel=2)
     return reason
 
 
-def run(command: Sequence[str], timeout: float) -> str | None:
-    """Runs the check in a process of its own: what went wrong, or None."""
+def command(provider: str, device: str) -> list[str]:
+    """What runs the check of a provider on a device such as "cuda:1"."""
+    return [sys.executable, "-c", f"from {__name__} import main; main()", provider, device]
+
+
+def run(command: Sequence[str], timeout: float) -> Outcome:
+    """Runs the check in a process of its own, for at most `timeout` seconds."""
     environment = {**os.environ, SWITCH: "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
     except OSError as error:
-        return f"it could not be started ({error})"
+        return Outcome(f"it could not be started ({error})", False)
     try:
         printed, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+        wrong = f"exit code {process.returncode}"
+    except subprocess.TimeoutExpired as expired:
         process.kill()
         # Not waited for: a process that the driver holds on to does not die.
-        return f"no result within {timeout:g} s"
+        printed, wrong = expired.output or b"", f"no result within {timeout:g} s"
+    before, ready, after = printed.decode(errors="replace").partition(READY)
     if process.returncode == 0:
-        return None
-    lines = printed.strip().splitlines()
-    return lines[-1] if lines else f"exit code {process.returncode}"
+        return Outcome(None, True)
+    lines = (after if ready else before).strip().splitlines()
+    if process.returncode is not None and lines:
+        wrong = lines[-1]
+    return Outcome(wrong, bool(ready))
+
+
+def main() -> None:
+    """What that process does; its arguments are a provider and a device."""
+    provider, device = sys.argv[1:]
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # providers ask the current device what it can do
+    wrong = check("portable", device)
+    if wrong is None:
+        print(READY, flush=True)
+        wrong = check(provider, device)
+    if wrong is not None:
+        sys.exit(wrong)
 
 
 def check(provider: str, device: str) -> str | None:
@@ -116,7 +167,10 @@ def _key(card: str, library: Path) -> str:
 def _cache() -> Path:
     if os.environ.get(CACHE):
         return Path(os.environ[CACHE])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        base = os.devnull  # where nothing can be kept
     return Path(base) / "gna-compile"
 
 
@@ -129,9 +183,3 @@ def _keep(path: Path, card: str, found: str | None) -> None:
         Path(file.name).replace(path)
     except OSError:
         pass
-
-
-if __name__ == "__main__":
-    problem = check(sys.argv[1], f"cuda:{sys.argv[2]}")
-    if problem is not None:
-        sys.exit(problem)
