@@ -16,11 +16,12 @@ from torch import Tensor
 import gna_compile
 from gna_compile import ops, providers
 from gna_compile.providers import Provider
-from gna_compile.providers.flex import Flex, _unusable
+from gna_compile.providers.flex import Flex, unusable
 from gna_compile.providers.portable import Portable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-needs_flex = pytest.mark.skipif(_unusable() is not None, reason=str(_unusable()))
+_REASON = unusable(torch.bfloat16)
+needs_flex = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 # Largest error of an output, relative to the largest value around 1.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}

@@ -317,5 +317,28 @@ def test_supports_says_why_not() -> None:
         assert Flex().supports(on_cuda) == "there is no CUDA device"
 
 
+def test_old_gpus_have_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each device is asked by itself: a V100 runs fp16, what comes before it nothing."""
+    capabilities = [(7, 0), (6, 1), (8, 0)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    flex._unusable_on.cache_clear()
+    reasons = []
+    for device in range(3):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        reasons += [flex.unusable(dtype) for dtype in (torch.float16, torch.bfloat16)]
+    flex._unusable_on.cache_clear()
+    assert reasons == [
+        None,
+        "torch.bfloat16 needs compute capability 8.0, not 7.0",
+        "torch.float16 needs compute capability 7.0, not 6.1",
+        "torch.bfloat16 needs compute capability 8.0, not 6.1",
+        None,
+        None,
+    ]
+
+
 def test_a_cpu_is_served_as_before() -> None:
     assert isinstance(choose(problem(Neighborhood.of((8,), (3,)))), (Cpu, Portable))

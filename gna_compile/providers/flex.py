@@ -50,7 +50,7 @@ class Flex:
     def supports(self, problem: Problem) -> str | None:
         if problem.device != "cuda":
             return f"runs on cuda, not {problem.device}"
-        return self.declines(problem) or _unusable()
+        return self.declines(problem) or unusable(problem.dtype)
 
     def declines(self, problem: Problem) -> str | None:
         """Why no device could run `problem` with FlexAttention, or None if one could."""
@@ -101,16 +101,23 @@ class Flex:
         _run(_backward, problem, scale, key_mask, tensors)
 
 
-@cache
-def _unusable() -> str | None:
-    """Why this machine cannot run Triton's kernels, or None if it can."""
+def unusable(dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels of this type cannot run on the current device, or None if they can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
+    return _unusable_on(torch.cuda.current_device(), dtype)
+
+
+@cache
+def _unusable_on(device: int, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < (7, 0):
-        return f"needs compute capability 7.0, not {capability[0]}.{capability[1]}"
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    needed = 8 if dtype == torch.bfloat16 else 7  # what Inductor compiles for
+    if major < needed:
+        return f"{dtype} needs compute capability {needed}.0, not {major}.{minor}"
     return None
 
 
