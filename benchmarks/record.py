@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
@@ -41,8 +42,10 @@ def update(name: str, key: str, results: list[dict[str, Any]], order: Iterable[s
 
 
 def card() -> str:
-    """Short name of the GPU as file names have it, such as "h200"."""
-    return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
+    """Short name of the GPU as file names have it, such as "h200" or "rtx4090"; no dash in it."""
+    name = torch.cuda.get_device_name()
+    model = re.search(r"(RTX )?[A-Z]*\d\w*", name)
+    return (model[0] if model else name.split()[-1]).replace(" ", "").replace("-", "").lower()
 
 
 def environment() -> dict[str, Any]:

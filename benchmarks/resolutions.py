@@ -1,7 +1,8 @@
 """Several resolutions and aspect ratios in one process: how often a model is compiled, and how long.
 
 As a pipeline would call it: `torch.compile` with its defaults, which makes a size dynamic when it
-has changed once; each backend begins with empty caches. Shipped policies; FLUX is prepared, so its grid is read off each call's position ids.
+has changed once; each backend begins with empty caches. Shipped policies; FLUX is prepared, so its
+grid is read off each call's position ids.
 """
 
 from __future__ import annotations

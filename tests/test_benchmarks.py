@@ -224,6 +224,25 @@ def test_plot_of_models(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "models-h200.svg").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA L40S", "l40s"),
+    ],
+)
+def test_cards_have_short_names(monkeypatch: pytest.MonkeyPatch, name: str, card: str) -> None:
+    """Without a dash, which in a file's name begins a variant."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert record.card() == card
+
+
 def test_earlier_results_are_kept_only_if_they_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
