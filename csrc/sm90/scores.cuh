@@ -12,7 +12,6 @@
 namespace gna::sm90 {
 
 constexpr float infinity = __builtin_huge_valf();
-constexpr unsigned full_warp = 0xffffffffu;
 
 // Limits of a shifted score; floats above zero compare as their bits do.
 constexpr int no_offset_yet = INT32_MIN;
