@@ -47,10 +47,10 @@ __device__ __forceinline__ void after_barrier() {
 
 // Waits for what load_columns has been asked for; nothing reads the registers before.
 template <int n>
-__device__ __forceinline__ void wait_loads(uint32_t (&registers)[n]) {
+__device__ __forceinline__ void wait_loads(float (&registers)[n]) {
   asm volatile("tcgen05.wait::ld.sync.aligned;" ::: "memory");
 #pragma unroll
-  for (uint32_t& x : registers) asm volatile("" : "+r"(x));
+  for (float& x : registers) asm volatile("" : "+f"(x));
 }
 
 __device__ __forceinline__ void wait_stores() {
@@ -63,9 +63,12 @@ __device__ __forceinline__ void wait_stores() {
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
 
+__device__ __forceinline__ uint32_t bits_of(uint32_t x) { return x; }
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+
 // A row a thread: 32 columns of it. The registers hold them after wait_loads().
-__device__ __forceinline__ void load_columns(uint32_t* to, uint32_t address) {
-#define GNA_WRITTEN(i) "=r"(to[i])
+__device__ __forceinline__ void load_columns(float* to, uint32_t address) {
+#define GNA_WRITTEN(i) "=f"(to[i])
   asm volatile("tcgen05.ld.sync.aligned.32x32b.x32.b32 " GNA_NAMES_32 ", [%32];"
                : GNA_LIST_32(GNA_WRITTEN)
                : "r"(address));
@@ -73,8 +76,9 @@ __device__ __forceinline__ void load_columns(uint32_t* to, uint32_t address) {
 }
 
 // They are in tensor memory after wait_stores().
-__device__ __forceinline__ void store_columns(uint32_t address, const uint32_t* from) {
-#define GNA_READ(i) "r"(from[i])
+template <typename T>
+__device__ __forceinline__ void store_columns(uint32_t address, const T* from) {
+#define GNA_READ(i) "r"(bits_of(from[i]))
   asm volatile("tcgen05.st.sync.aligned.32x32b.x32.b32 [%32], " GNA_NAMES_32 ";" ::GNA_LIST_32(
                    GNA_READ),
                "r"(address)
@@ -137,6 +141,14 @@ __device__ __forceinline__ void arrive_when_done(uint64_t* barrier) {
       "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(
           shared_address(barrier))
       : "memory");
+}
+
+// True in one thread of the warp, always the same one; the compiler knows that it is one.
+__device__ __forceinline__ bool elected() {
+  uint32_t leads;
+  asm volatile("{\n.reg .pred leads;\nelect.sync _|leads, 0xffffffff;\nselp.b32 %0, 1, 0, leads;\n}"
+               : "=r"(leads));
+  return leads != 0;
 }
 
 // Two numbers at a time ---------------------------------------------------------------------------

@@ -119,9 +119,10 @@ __device__ __forceinline__ void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until the stores have read shared memory.
+// Waits until all stores but the last `pending` committed groups of them have read shared memory.
+template <int pending = 0>
 __device__ __forceinline__ void wait_stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 
 // Shared memory written by plain stores is about to be read by the copy engine or the matrix unit.

@@ -24,7 +24,7 @@ struct Place {
 
   __device__ __forceinline__ int stage() const { return static_cast<int>(count % stages); }
   __device__ __forceinline__ uint32_t parity() const { return count / stages & 1; }
-  __device__ __forceinline__ void advance() { ++count; }
+  __device__ __forceinline__ void advance(int by = 1) { count += by; }
   __device__ __forceinline__ Place next() const { return {count + 1}; }
 };
 
@@ -160,6 +160,19 @@ __device__ __forceinline__ uint32_t judge(const Parameters& parameters,
   const uint32_t masked = ~__ballot_sync(full_warp, is_interior(rows, at, log2_extent));
   return (masked & (axes_masked | axes_masked << half_bits)) | (missed & axes_masked ? skipped : 0) |
          (missed >> half_bits & axes_masked ? skipped << half_bits : 0);
+}
+
+// The visible ones of 32 global keys from `first` of a part on, as bits. One warp.
+__device__ __forceinline__ uint32_t global_word(const Parameters& parameters, int batch, int part,
+                                                int first) {
+  const Problem& problem = parameters.problem;
+  const int token = first + static_cast<int>(threadIdx.x % 32);
+  const int before = part == suffix_part ? problem.prefix : 0;
+  bool visible = token < part_tokens(problem, part);
+  if (visible && parameters.key_mask != nullptr)
+    visible = parameters.key_mask[batch * parameters.key_mask_batch_stride +
+                                  (before + token) * parameters.key_mask_token_stride] != 0;
+  return __ballot_sync(full_warp, visible);
 }
 
 // Tensors -----------------------------------------------------------------------------------------
