@@ -41,13 +41,12 @@ __device__ __forceinline__ void take_out_non_finite(uint8_t* tile, int thread,
   fence_shared_for_copies();
 }
 
-// Multiplies the output of the warp's rows, which is zero if it is `fresh`, and adds what was taken out
-// of the tile to the rows that see it.
+// Adds what was taken out of the tile to the output of the warp's rows that see it. There is no output
+// yet if it is `fresh`.
 template <int head_dim>
-__device__ __forceinline__ void prepare_output(uint32_t output, bool fresh, float by,
+__device__ __forceinline__ void add_non_finite(uint32_t output, bool fresh,
                                                const NonFinite<head_dim>& non_finite,
                                                const MaskWords& words) {
-  by = fmaxf(by, 0x1p-126f);  // 0 would make NaN of inf
 #pragma unroll 1
   for (int column = 0; column < head_dim; column += 32) {
     float part[32];
@@ -64,7 +63,7 @@ __device__ __forceinline__ void prepare_output(uint32_t output, bool fresh, floa
         plus |= non_finite.plus[word][column + i] & words.word[word];
         minus |= non_finite.minus[word][column + i] & words.word[word];
       }
-      float x = fresh ? 0.0f : part[i] * by;
+      float x = fresh ? 0.0f : part[i];
       if (plus) x += infinity;
       if (minus) x -= infinity;
       if (nan) x = nanf("");
@@ -72,6 +71,7 @@ __device__ __forceinline__ void prepare_output(uint32_t output, bool fresh, floa
     }
     store_columns(output + column, part);
   }
+  wait_stores();
 }
 
 }  // namespace gna::sm100

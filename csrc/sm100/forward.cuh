@@ -260,7 +260,8 @@ struct Forward {
 
   // Multiplies the output of the warp's rows, 32 columns at a time.
   __device__ __forceinline__ static void rescale_output(uint32_t output, float by) {
-#pragma unroll
+    if constexpr (careful) by = fmaxf(by, 0x1p-126f);  // 0 would make NaN of inf
+#pragma unroll 1
     for (int column = 0; column < head_dim; column += 32) {
       float part[32];
       load_columns(part, output + column);
@@ -307,29 +308,29 @@ struct Forward {
         wait(shared.scores_full + half, step.parity());
         step.advance();
         after_barrier();
-        float scores[128];
-#pragma unroll
-        for (int column = 0; column < 128; column += 32)
-          load_columns(scores + column, in_scores + column);
-        wait_loads(scores);
-        if (masked) hide(scores, words);
-
         if constexpr (careful) {
-          const float by = raise_offset(state, largest_of(scores) * scale, 0.0f);
+          if (!masked)
+            for (uint32_t& word : words.word) word = all_bits;
           wait(&shared.clean_full, clean.parity());
           clean.advance();
           if (fresh) wait(shared.output_empty + half, item.parity() ^ 1);
-          if (!masked)
-            for (uint32_t& word : words.word) word = all_bits;
-          prepare_output<head_dim>(in_output, fresh, by, shared.non_finite, words);
+          add_non_finite<head_dim>(in_output, fresh, shared.non_finite, words);
+          __syncwarp();
           release(&shared.clean_empty);
-        } else {
-          // The products before these scores are done, so the output is there to be corrected.
+        }
+        float scores[128];
+        // Once more after a new offset, which is rare; so nobody holds scores meanwhile.
+        while (true) {
+#pragma unroll
+          for (int column = 0; column < 128; column += 32)
+            load_columns(scores + column, in_scores + column);
+          wait_loads(scores);
+          if (masked) hide(scores, words);
           const float scaled = largest_of(scores) * scale;
-          if (__any_sync(full_warp, scaled > state.limit)) {
-            const float by = raise_offset(state, scaled, most_shifted<Element>);
-            if (!fresh) rescale_output(in_output, by);
-          }
+          if (!__any_sync(full_warp, scaled > state.limit)) break;
+          // The products before these scores are done, so the output is there to be corrected.
+          const float by = raise_offset(state, scaled, careful ? 0.0f : most_shifted<Element>);
+          if (!fresh) rescale_output(in_output, by);
         }
         fresh = false;
 #pragma unroll
@@ -355,15 +356,14 @@ struct Forward {
   __device__ __forceinline__ void finish(uint32_t tensor_memory) const {
     const uint32_t lanes = tensor_memory + (threadIdx.x % 128 / 32 * 32 << 16);
     Place<Shape::work_slots> slot;
-    Place<Shape::records> record;
-    Place<stages> values{1};
-    Place<1> item, clean;
+    Place<1> item;
     Place<Shape::staged_boxes> staged;
+    uint32_t tiles = 0;
     for (;; slot.advance(), item.advance()) {
       wait(shared.works_full + slot.stage(), slot.parity());
       const WorkRecord& work = shared.work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
-      if constexpr (careful) clean_values(record, values, clean);
+      if constexpr (careful) clean_values(tiles);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) finish_half(work, half, lanes, item.parity(), staged);
       __syncwarp();
@@ -430,13 +430,14 @@ struct Forward {
     store_logsumexp(parameters, work, half * half_rows + row, statistics.offset, statistics.sum);
   }
 
-  // Cleans all values of a query tile, as they come.
-  __device__ __forceinline__ void clean_values(Place<Shape::records>& record, Place<stages>& values,
-                                               Place<1>& clean) const {
-    for (bool ended = false; !ended; values.advance(2), clean.advance()) {
+  // Cleans all values of a query tile, as they come. `tiles`: key tiles of all query tiles so far.
+  __device__ __forceinline__ void clean_values(uint32_t& tiles) const {
+    for (bool ended = false; !ended; ++tiles) {
+      Place<Shape::records> record{tiles};
+      const Place<stages> values{2 * tiles + 1};
       ended = take_record(record).flags & last_tile;
       wait(shared.tiles_full + values.stage(), values.parity());
-      wait(&shared.clean_empty, clean.parity() ^ 1);
+      wait(&shared.clean_empty, ~tiles & 1);
       take_out_non_finite<Element, head_dim>(shared.tiles[values.stage()], threadIdx.x % 128,
                                              shared.non_finite);
       __syncwarp();
