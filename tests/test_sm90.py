@@ -125,7 +125,9 @@ def test_declines_say_why() -> None:
     assert "fp32" in (declined(dtype=torch.float32) or "") or "float32" in (
         declined(dtype=torch.float32) or ""
     )
-    assert "head size 80" in (declined(head_dim=80) or "")
+    assert declined(head_dim=80) is None
+    assert "head size 84" in (declined(head_dim=84) or "")
+    assert "head size 136" in (declined(head_dim=136) or "")
     assert "contiguous" in (declined(key_strides=(262144, 65536, 1, 1024)) or "")
     assert "dilation" in (
         declined(neighborhood=Neighborhood.of((1024,), (16,), dilation=(16,))) or ""
@@ -202,7 +204,7 @@ class RandomProblem:
         self.batch = rng.choice([1, 1, 2, 3])
         self.kv_heads = rng.choice([1, 2])
         self.heads = self.kv_heads * rng.choice([1, 1, 2, 3])
-        self.head_dim = rng.choice([64, 128])
+        self.head_dim = rng.choice([64, 128, 64, 128, 8 * rng.randint(1, 16)])
         self.dtype = rng.choice(list(TOLERANCE))
         self.scale = rng.choice([None, None, 0.3, 1.0, -0.1, 0.0])
         self.masks_keys = rng.random() < 0.4
