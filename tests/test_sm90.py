@@ -21,8 +21,9 @@ from gna_compile import ops
 from gna_compile.geometry import Neighborhood
 from gna_compile.planner import PlanError, Workload, plan
 from gna_compile.providers import Problem
-from gna_compile.providers.sm90 import Sm90, _current_capability
-from gna_compile.providers.sm90_library import library
+from gna_compile.providers.cuda_library import library
+from gna_compile.providers.native_cuda import current_capability
+from gna_compile.providers.sm90 import Sm90
 
 BLOCKS = 12
 PROBLEMS_PER_BLOCK = 30
@@ -31,7 +32,7 @@ PROBLEMS_PER_BLOCK = 30
 TOLERANCE = {torch.float16: (1.5e-3, 1e-3), torch.bfloat16: (8e-3, 1e-3)}
 
 needs_hopper = pytest.mark.skipif(
-    library() is None or _current_capability() != (9, 0),
+    library("sm90") is None or current_capability() != (9, 0),
     reason="needs the CUDA kernels and a GPU of compute capability 9.0",
 )
 
@@ -132,7 +133,7 @@ def test_declines_say_why() -> None:
     assert "dilation" in (
         declined(neighborhood=Neighborhood.of((1024,), (16,), dilation=(16,))) or ""
     )
-    if library() is not None:
+    if library("sm90") is not None:
         assert "16 bytes" in (declined(value_strides=(262144, 65536, 65, 1)) or "")
     assert "cpu" in (
         Sm90().supports(
