@@ -51,6 +51,7 @@ struct Forward {
     init(shared.works_empty, Shape::work_slots, 1 + soften_warps + finish_warps);
     init(shared.scores_full, 2, 1);
     init(shared.weights_full, 2, soften_warps / 2);
+    init(shared.last_weights_full, 2, soften_warps / 2);
     init(shared.output_full, 2, 1);
     init(shared.output_empty, 2, finish_warps);
     init(shared.statistics_full, 2, soften_warps / 2);
@@ -145,13 +146,21 @@ struct Forward {
     }
   }
 
-  // Adds weights times the values in a stage to the output of a half.
-  __device__ __forceinline__ void multiply_values(const Half& half, int stage) const {
+  // Adds weights times the values in a stage to the output of a half. It starts before the last weights
+  // are there.
+  __device__ __forceinline__ void multiply_values(const Half& half, int index, int stage) const {
     const uint32_t values = matrix_descriptor(shared_address(shared.tiles[stage]), key_box_bytes);
+    wait(shared.weights_full + index, half.steps & 1);
+    after_barrier();
 #pragma unroll
-    for (int k = 0; k < key_rows / 16; ++k)
+    for (int k = 0; k < key_rows / 16; ++k) {
+      if (k == key_rows / 16 * 3 / 4) {
+        wait(shared.last_weights_full + index, half.steps & 1);
+        after_barrier();
+      }
       multiply_stored(half.output, half.scores + 8 * k, values + k * (16 * row_bytes >> 4),
                       product_of<Element, head_dim, true>, careful || k > 0 || !half.fresh);
+    }
   }
 
   // One thread. Each round ends a key tile and starts the next one, half after half, also from one
@@ -172,9 +181,7 @@ struct Forward {
       Half& state = halves[half];
       if (state.fresh) wait(shared.output_empty + half, item.parity() ^ 1);
       if (!is_skipped(flags, half)) {
-        wait(shared.weights_full + half, state.steps & 1);
-        after_barrier();
-        multiply_values(state, values.stage());
+        multiply_values(state, half, values.stage());
         ++state.steps;
         state.fresh = false;
       }
@@ -272,6 +279,24 @@ struct Forward {
     }
   }
 
+  // Puts the weights into the place of their scores, and says so when most of them are there and when
+  // all are.
+  template <bool polynomials>
+  __device__ __forceinline__ void weigh_all(const float (&scores)[128], Row& state,
+                                            uint32_t in_scores, int half) const {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      uint32_t weights[16];
+      weigh<Element, polynomials>(scores + 32 * part, parameters.scale_log2, state, weights);
+      store_columns(in_scores + 16 * part, weights);
+      if (part < 2) continue;
+      wait_stores();
+      before_barrier();
+      __syncwarp();
+      release((part == 2 ? shared.weights_full : shared.last_weights_full) + half);
+    }
+  }
+
   __device__ __forceinline__ void soften(int half, uint32_t tensor_memory) const {
     const int row = threadIdx.x % 128;
     const uint32_t lanes = tensor_memory + (row / 32 * 32 << 16);
@@ -327,22 +352,20 @@ struct Forward {
           wait_loads(scores);
           if (masked) hide(scores, words);
           const float scaled = largest_of(scores) * scale;
-          if (!__any_sync(full_warp, scaled > state.limit)) break;
+          if (!__any_sync(full_warp, scaled > state.limit)) {
+            // As in dense attention, and whatever comes of the weights.
+            if (!(scaled < infinity)) state.sum = nanf("");
+            break;
+          }
           // The products before these scores are done, so the output is there to be corrected.
           const float by = raise_offset(state, scaled, careful ? 0.0f : most_shifted<Element>);
           if (!fresh) rescale_output(in_output, by);
         }
         fresh = false;
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          uint32_t weights[32];
-          weigh<Element>(scores + 64 * part, scale, state, weights);
-          store_columns(in_scores + 32 * part, weights);
-        }
-        wait_stores();
-        before_barrier();
-        __syncwarp();
-        release(shared.weights_full + half);
+        if (parameters.minor == 0)
+          weigh_all<true>(scores, state, in_scores, half);
+        else
+          weigh_all<false>(scores, state, in_scores, half);
       }
       wait(shared.statistics_empty + half, item.parity() ^ 1);
       shared.statistics[half][row] = {state.offset, state.sum};

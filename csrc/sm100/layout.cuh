@@ -65,7 +65,8 @@ struct Shared {
   uint64_t records_full[records], records_empty[records];
   uint64_t works_full[work_slots], works_empty[work_slots];
   // By half.
-  uint64_t scores_full[2], weights_full[2];
+  uint64_t scores_full[2];
+  uint64_t weights_full[2], last_weights_full[2];  // three quarters of them, the rest
   uint64_t output_full[2], output_empty[2];
   uint64_t statistics_full[2], statistics_empty[2];
   // Only for computing carefully.

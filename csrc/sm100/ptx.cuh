@@ -58,10 +58,12 @@ __device__ __forceinline__ void wait_stores() {
 }
 
 #define GNA_LIST_8(x, i) x(i), x(i + 1), x(i + 2), x(i + 3), x(i + 4), x(i + 5), x(i + 6), x(i + 7)
-#define GNA_LIST_32(x) GNA_LIST_8(x, 0), GNA_LIST_8(x, 8), GNA_LIST_8(x, 16), GNA_LIST_8(x, 24)
-#define GNA_NAMES_32                                                                             \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define GNA_LIST_16(x) GNA_LIST_8(x, 0), GNA_LIST_8(x, 8)
+#define GNA_LIST_32(x) GNA_LIST_16(x), GNA_LIST_8(x, 16), GNA_LIST_8(x, 24)
+#define GNA_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define GNA_NAMES_32 \
+  GNA_NAMES_16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
 __device__ __forceinline__ uint32_t bits_of(uint32_t x) { return x; }
 __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
@@ -69,25 +71,35 @@ __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x)
 // A row a thread: 32 columns of it. The registers hold them after wait_loads().
 __device__ __forceinline__ void load_columns(float* to, uint32_t address) {
 #define GNA_WRITTEN(i) "=f"(to[i])
-  asm volatile("tcgen05.ld.sync.aligned.32x32b.x32.b32 " GNA_NAMES_32 ", [%32];"
+  asm volatile("tcgen05.ld.sync.aligned.32x32b.x32.b32 {" GNA_NAMES_32 "}, [%32];"
                : GNA_LIST_32(GNA_WRITTEN)
                : "r"(address));
 #undef GNA_WRITTEN
 }
 
 // They are in tensor memory after wait_stores().
-template <typename T>
-__device__ __forceinline__ void store_columns(uint32_t address, const T* from) {
 #define GNA_READ(i) "r"(bits_of(from[i]))
-  asm volatile("tcgen05.st.sync.aligned.32x32b.x32.b32 [%32], " GNA_NAMES_32 ";" ::GNA_LIST_32(
+template <typename T>
+__device__ __forceinline__ void store_columns(uint32_t address, const T (&from)[32]) {
+  asm volatile("tcgen05.st.sync.aligned.32x32b.x32.b32 [%32], {" GNA_NAMES_32 "};" ::GNA_LIST_32(
                    GNA_READ),
                "r"(address)
                : "memory");
-#undef GNA_READ
 }
 
+template <typename T>
+__device__ __forceinline__ void store_columns(uint32_t address, const T (&from)[16]) {
+  asm volatile("tcgen05.st.sync.aligned.32x32b.x16.b32 [%16], {" GNA_NAMES_16 "};" ::GNA_LIST_16(
+                   GNA_READ),
+               "r"(address)
+               : "memory");
+}
+#undef GNA_READ
+
 #undef GNA_LIST_8
+#undef GNA_LIST_16
 #undef GNA_LIST_32
+#undef GNA_NAMES_16
 #undef GNA_NAMES_32
 
 // The matrix unit ---------------------------------------------------------------------------------
@@ -189,10 +201,10 @@ __device__ __forceinline__ Pair multiply(Pair a, Pair b) {
   return pair_of(result);
 }
 
-// The largest of three; what is not a number is left out.
+// The largest of three, or NaN if one is.
 __device__ __forceinline__ float largest(float a, float b, float c) {
   float result;
-  asm("max.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  asm("max.NaN.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
   return result;
 }
 

@@ -262,26 +262,37 @@ Problem problem_of(const gna_cuda_problem& plain, const Target& target) {
 
 // Devices -----------------------------------------------------------------------------------------
 
+struct Device {
+  int multiprocessors, minor;  // minor: of the compute capability
+};
+
 constexpr int max_devices = 64;
-std::atomic<int> multiprocessors[max_devices];  // 0 where nothing is set up yet
+Device devices[max_devices];
+std::atomic<bool> is_set_up[max_devices];
 std::mutex setting_up;
 
-// Multiprocessors of the current device, the kernels being set up on it.
-int32_t set_up(const Target& target, int& count) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return fail(error, "cudaGetDevice");
-  if (device >= max_devices) return fail(GNA_CUDA_DRIVER, "more than 64 devices");
-  count = multiprocessors[device].load(std::memory_order_acquire);
-  if (count != 0) return GNA_CUDA_OK;
-  const std::lock_guard<std::mutex> lock(setting_up);
-  if (encode_function() == nullptr)
-    return fail(GNA_CUDA_DRIVER, "the driver has no cuTensorMapEncodeTiled: it is older than 12.0");
-  for (const Kernel& kernel : target.kernels)
-    if (const cudaError_t error = kernel.prepare()) return fail(error, "setting up the kernel");
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device))
-    return fail(error, "cudaDeviceGetAttribute");
-  multiprocessors[device].store(count, std::memory_order_release);
+// The current device, the kernels being set up on it.
+int32_t set_up(const Target& target, Device& device) {
+  int number = 0;
+  if (const cudaError_t error = cudaGetDevice(&number)) return fail(error, "cudaGetDevice");
+  if (number >= max_devices) return fail(GNA_CUDA_DRIVER, "more than 64 devices");
+  if (!is_set_up[number].load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(setting_up);
+    if (encode_function() == nullptr)
+      return fail(GNA_CUDA_DRIVER, "the driver has no cuTensorMapEncodeTiled: it is older than 12.0");
+    for (const Kernel& kernel : target.kernels)
+      if (const cudaError_t error = kernel.prepare()) return fail(error, "setting up the kernel");
+    const struct {
+      cudaDeviceAttr attribute;
+      int& value;
+    } asked[] = {{cudaDevAttrMultiProcessorCount, devices[number].multiprocessors},
+                 {cudaDevAttrComputeCapabilityMinor, devices[number].minor}};
+    for (const auto& one : asked)
+      if (const cudaError_t error = cudaDeviceGetAttribute(&one.value, one.attribute, number))
+        return fail(error, "cudaDeviceGetAttribute");
+    is_set_up[number].store(true, std::memory_order_release);
+  }
+  device = devices[number];
   return GNA_CUDA_OK;
 }
 
@@ -323,9 +334,9 @@ int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_
   if (work > INT32_MAX / 2)
     return fail(GNA_CUDA_BAD_ARGUMENT, "more than 2^30 query tiles");
 
-  int count = 0;
-  if (const int32_t code = set_up(target, count)) return code;
-  set_order_of_work(problem, count);
+  Device device{};
+  if (const int32_t code = set_up(target, device)) return code;
+  set_order_of_work(problem, device.multiprocessors);
   BoxShape query_box{}, key_box{};
   for (int a = 0; a < max_axes; ++a) {
     query_box[a] = problem.axes[a].log2_query;
@@ -361,12 +372,13 @@ int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_
   parameters.key_mask = plain.key_mask;
   parameters.key_mask_batch_stride = plain.key_mask_batch_stride;
   parameters.key_mask_token_stride = plain.key_mask_token_stride;
+  parameters.minor = device.minor;
   static std::atomic<uint32_t> launches;
   while ((parameters.launch = ++launches) == 0) {
   }
   const Kernel& kernel =
       target.kernels[(plain.type == GNA_CUDA_FP16 ? 2 : 0) + (plain.head_dim > 64 ? 1 : 0)];
-  const int blocks = static_cast<int>(std::min<int64_t>(count, work));
+  const int blocks = static_cast<int>(std::min<int64_t>(device.multiprocessors, work));
   if (const cudaError_t error = kernel.launch(parameters, blocks, stream))
     return fail(error, "launching the kernel");
   return GNA_CUDA_OK;
