@@ -305,8 +305,9 @@ struct Forward {
     const float scale = parameters.scale_log2;
     Place<Shape::work_slots> slot;
     Place<Shape::records> record;
-    Place<1> step, item, clean;
-    for (;; slot.advance(), item.advance()) {
+    Place<1> step, clean;
+    for (;; slot.advance()) {
+      const Place<1> item{slot.count};
       wait(shared.works_full + slot.stage(), slot.parity());
       const WorkRecord& work = shared.work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
@@ -379,16 +380,15 @@ struct Forward {
   __device__ __forceinline__ void finish(uint32_t tensor_memory) const {
     const uint32_t lanes = tensor_memory + (threadIdx.x % 128 / 32 * 32 << 16);
     Place<Shape::work_slots> slot;
-    Place<1> item;
     Place<Shape::staged_boxes> staged;
     uint32_t tiles = 0;
-    for (;; slot.advance(), item.advance()) {
+    for (;; slot.advance()) {
       wait(shared.works_full + slot.stage(), slot.parity());
       const WorkRecord& work = shared.work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
       if constexpr (careful) clean_values(tiles);
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) finish_half(work, half, lanes, item.parity(), staged);
+      for (int half = 0; half < 2; ++half) finish_half(work, half, lanes, slot.count & 1, staged);
       __syncwarp();
       release(shared.works_empty + slot.stage());
     }

@@ -19,8 +19,8 @@ constexpr int load_warp = 13;
 constexpr int plan_warp = 14;
 
 // Registers of a thread of the softmax, of the output, of the others: 65536 in all.
-constexpr int softmax_registers = 192;
-constexpr int output_registers = 80;
+constexpr int softmax_registers = 200;
+constexpr int output_registers = 64;
 constexpr int other_registers = 48;
 static_assert(128 * (2 * softmax_registers + output_registers + other_registers) <= 65536);
 
