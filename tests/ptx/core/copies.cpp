@@ -113,7 +113,7 @@ Handler decode_tensor_copy(Instruction& i) {
   } else {
     modifiers.need("shared::cta");
     modifiers.need("bulk_group");
-    if (i.opcode[4] != "global") fault("the order of the state spaces");
+    if (i.opcode[5] != "global") fault("the order of the state spaces");
   }
   modifiers.done();
   need_operands(i, loads ? 3 : 2, loads ? 3 : 2);
