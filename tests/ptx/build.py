@@ -53,12 +53,12 @@ def interpreter() -> Path:
     if CXX is None:
         raise RuntimeError("the PTX interpreter needs a C++ compiler")
     parts = _sources(HERE / "core") + _sources(HERE / "units")
-    key = _key(CXX_FLAGS, *parts)
+    headers = [part for part in parts if part.suffix == ".h"]
     objects = []
     for source in sorted((HERE / "core").glob("*.cpp")):
-        made = CACHE / f"core-{key}" / f"{source.stem}.o"
+        made = CACHE / "core" / f"{source.stem}-{_key(CXX_FLAGS, source, *headers)}.o"
         objects.append(_make(made, [CXX, *CXX_FLAGS, "-c", source, "-o"]))
-    library = CACHE / f"core-{key}" / "libptx.so"
+    library = CACHE / f"core-{_key(CXX_FLAGS, *parts)}" / "libptx.so"
     return _make(library, [CXX, "-shared", *objects, "-o"])
 
 

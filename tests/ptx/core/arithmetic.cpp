@@ -168,6 +168,7 @@ Handler decode_float(Instruction& i, const std::string& base) {
   }
   modifiers.take("rn");  // the default
   const bool flush = modifiers.take("ftz");
+  const bool keeps_nan = (base == "min" || base == "max") && modifiers.take("NaN");
   modifiers.need("f32");
   modifiers.done();
   if (base == "add") return binary<float>(i, flushing(flush, a_plus_b));
@@ -177,7 +178,9 @@ Handler decode_float(Instruction& i, const std::string& base) {
   if (base == "neg") return unary<float>(i, flushing(flush, [](float a) { return -a; }));
   if (base == "abs") return unary<float>(i, flushing(flush, [](float a) { return std::fabs(a); }));
   if (base == "min" || base == "max") {
-    const auto pick = base == "min" ? least : most;
+    const auto pick = [keeps_nan, of_numbers = base == "min" ? least : most](float a, float b) {
+      return keeps_nan && (std::isnan(a) || std::isnan(b)) ? float_of(canonical_nan) : of_numbers(a, b);
+    };
     if (i.operands.size() == 4)
       return ternary<float>(i, flushing(flush, [pick](float a, float b, float c) {
                               return pick(pick(a, b), c);

@@ -315,6 +315,8 @@ void Block::release(Warp& warp, uint32_t lane, Knowledge& to) {
   thread.knows.tensor[own] = thread.tensor_released;
   if (to.seen.empty()) to = Knowledge(slots.count());
   to.learn(thread.knows);
+  // What others have published goes through; only the last one needs a fence to make use of it.
+  join(to.tensor, thread.acquired_tensor);
 }
 
 void Block::acquire(Warp& warp, uint32_t lane, const Knowledge& from) {
