@@ -120,6 +120,10 @@ struct Forward {
       release(shared.works_empty + slot.stage());
     }
     hand_on({{0, 0, 0}, no_more_work | skipped | skipped << half_bits});
+    // The block's shared memory must last until all buffers have been released.
+    wait(&shared.query_empty, query.parity() ^ 1);
+    for (int i = 0; i < stages; ++i, tile.advance())
+      wait(shared.tiles_empty + tile.stage(), tile.parity() ^ 1);
   }
 
   // Multiply --------------------------------------------------------------------------------------
