@@ -397,7 +397,8 @@ Handler decode_product(Instruction& i, Modifiers& modifiers) {
   };
 }
 
-// An arrival when all products before it are done; as if a fence stood before (9.7.16.12).
+// An arrival when all products before it are done; as if a fence stood before (9.7.16.12). Whoever sees
+// it knows what the products had to wait for, too: what their thread had learned of others.
 Handler decode_commit(Instruction& i, Modifiers& modifiers) {
   need_one_block_form(modifiers);
   modifiers.need("mbarrier::arrive::one");
@@ -413,13 +414,13 @@ Handler decode_commit(Instruction& i, Modifiers& modifiers) {
     if (!block.barrier(address).open_to_copies)
       fault("the mbarrier at %u has been initialised without a fence for asynchronous units since",
             address);
-    block.start(product_queue(warp.thread_index(lane)), warp,
-                [&block, address, core, number = block.tensor->products] {
-                  Mbarrier& barrier = block.barrier(address);
-                  barrier.arriving.seen[core] = std::max(barrier.arriving.seen[core], number);
-                  barrier.arriving.tensor[core] = std::max(barrier.arriving.tensor[core], number);
-                  barrier.arrive();
-                });
+    Knowledge known = warp.thread(lane).knows;
+    known.seen[core] = known.tensor[core] = block.tensor->products;
+    block.start(product_queue(warp.thread_index(lane)), warp, [&block, address, known] {
+      Mbarrier& barrier = block.barrier(address);
+      barrier.arriving.learn(known);
+      barrier.arrive();
+    });
     return true;
   };
 }
