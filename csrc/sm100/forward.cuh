@@ -343,7 +343,10 @@ struct Forward {
             for (uint32_t& word : words.word) word = all_bits;
           wait(&shared.clean_full, clean.parity());
           clean.advance();
-          if (fresh) wait(shared.output_empty + half, item.parity() ^ 1);
+          if (fresh) {
+            wait(shared.output_empty + half, item.parity() ^ 1);
+            after_barrier();
+          }
           add_non_finite<head_dim>(in_output, fresh, shared.non_finite, words);
           __syncwarp();
           release(&shared.clean_empty);
