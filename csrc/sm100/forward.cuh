@@ -257,13 +257,13 @@ struct Forward {
   }
 
   // Whether a half needs a mask for the tile, and which.
-  __device__ __forceinline__ bool find_mask(const Row& row, int batch, const KeyRecord& tile,
-                                            int half, MaskWords& words) const {
+  __device__ __forceinline__ bool find_mask(const WorkRecord& work, const KeyRecord& tile, int half,
+                                            int row, MaskWords& words) const {
     const uint32_t axes = tile.flags >> (half * half_bits) & axes_masked;
     if (axes != 0)
-      grid_mask(parameters, row, tile, axes, words);
+      grid_mask(parameters, work, half * half_rows + row, tile, axes, words);
     else if (tile.flags & globals_masked)
-      global_mask(parameters, batch, tile.flags >> part_shift & 3, tile.at[2], words);
+      global_mask(parameters, work.batch, tile.flags >> part_shift & 3, tile.at[2], words);
     else
       return false;
     return true;
@@ -316,11 +316,6 @@ struct Forward {
       const WorkRecord& work = shared.work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
       Row state;
-      start_row(parameters, work, half * half_rows + row, state);
-      const int batch = work.batch;
-      __syncwarp();
-      release(shared.works_empty + slot.stage());
-
       bool fresh = true;  // there is no output yet
       for (bool ended = false; !ended;) {
         const KeyRecord tile = take_record(record);
@@ -334,7 +329,7 @@ struct Forward {
           continue;
         }
         MaskWords words;
-        const bool masked = find_mask(state, batch, tile, half, words);
+        const bool masked = find_mask(work, tile, half, row, words);
         wait(shared.scores_full + half, step.parity());
         step.advance();
         after_barrier();
@@ -352,23 +347,24 @@ struct Forward {
           release(&shared.clean_empty);
         }
         float scores[128];
-        // Once more after a new offset, which is rare; so nobody holds scores meanwhile.
-        while (true) {
+        const auto take_scores = [&] {
 #pragma unroll
           for (int column = 0; column < 128; column += 32)
             load_columns(scores + column, in_scores + column);
           wait_loads(scores);
           if (masked) hide(scores, words);
-          const float scaled = largest_of(scores) * scale;
-          if (!__any_sync(full_warp, scaled > state.limit)) {
-            // As in dense attention, and whatever comes of the weights.
-            if (!(scaled < infinity)) state.sum = nanf("");
-            break;
-          }
-          // The products before these scores are done, so the output is there to be corrected.
+        };
+        take_scores();
+        const float scaled = largest_of(scores) * scale;
+        if (__any_sync(full_warp, scaled > state.limit)) {
+          // The products before these scores are done, so the output is there to be corrected. Nobody
+          // holds the scores meanwhile.
           const float by = raise_offset(state, scaled, careful ? 0.0f : most_shifted<Element>);
           if (!fresh) rescale_output(in_output, by);
+          take_scores();
         }
+        // As in dense attention, and whatever comes of the weights.
+        if (!(scaled < infinity)) state.sum = nanf("");
         fresh = false;
         if (parameters.minor == 0)
           weigh_all<true>(scores, state, in_scores, half);
@@ -379,6 +375,7 @@ struct Forward {
       shared.statistics[half][row] = {state.offset, state.sum};
       __syncwarp();
       release(shared.statistics_full + half);
+      release(shared.works_empty + slot.stage());
     }
   }
 
@@ -479,8 +476,8 @@ struct Forward {
 template <typename Element, int head_dim, bool careful>
 __device__ __forceinline__ void run(const Parameters& parameters) {
   using Shape = Shared<head_dim>;
-  extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<Shape*>(raw + (1024 - shared_address(raw) % 1024) % 1024);
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<Shape*>(raw);
   const Forward<Element, head_dim, careful> kernel(parameters, shared);
   const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
   if (threadIdx.x == 0) kernel.init_barriers();

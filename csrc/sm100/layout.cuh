@@ -48,7 +48,7 @@ struct NonFinite {
 // Barriers and small things of a block in shared memory. docs/blackwell.md has a table of who arrives
 // at which barrier and who waits.
 template <int head_dim>
-struct Shared {
+struct alignas(1024) Shared {
   static constexpr int boxes = head_dim / box_columns;
   static constexpr int tile_bytes = boxes * key_box_bytes;
   static constexpr int stages = head_dim == 128 ? 3 : 8;  // keys and values in turn
@@ -79,9 +79,9 @@ struct Shared {
   uint32_t tensor_memory;
 };
 
-// Dynamic shared memory of a block: 1024 more to align the rest.
 template <int head_dim>
-constexpr int shared_bytes = sizeof(Shared<head_dim>) + 1024;
+constexpr int shared_bytes = sizeof(Shared<head_dim>);
 static_assert(shared_bytes<64> <= 227 * 1024 && shared_bytes<128> <= 227 * 1024);
+static_assert(output_column(1) + 128 <= tensor_columns && tensor_columns <= 512);
 
 }  // namespace gna::sm100

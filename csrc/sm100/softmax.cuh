@@ -20,41 +20,32 @@ struct MaskWords {
   uint32_t word[4];
 };
 
+// What the softmax of a row has come to.
 struct Row {
-  Range sees[max_axes];  // keys
-  float offset;          // weights are 2^(scaled score - offset)
-  float limit;           // the offset must be raised for a scaled score that is larger
-  float sum;             // of the weights
+  float offset = 0.0f;        // weights are 2^(scaled score - offset)
+  float limit = -infinity;    // the offset must be raised for a scaled score that is larger
+  float sum = 0.0f;           // of the weights
 };
 
-// `row`: of the query tile.
-__device__ __forceinline__ void start_row(const Parameters& parameters, const WorkRecord& work,
-                                          int row, Row& state) {
+// Visible columns of a tile of grid keys, for a row of the query tile.
+__device__ __forceinline__ void grid_mask(const Parameters& parameters, const WorkRecord& work,
+                                          int row, const KeyRecord& tile, uint32_t axes,
+                                          MaskWords& words) {
+#pragma unroll
+  for (uint32_t& word : words.word) word = all_bits;
   int axis_start = 0;
 #pragma unroll
   for (int a = 0; a < max_axes; ++a) {
-    state.sees[a] = work.sees[axis_start + row_coordinate(parameters.problem, row, a)];
-    axis_start += 1 << parameters.problem.axes[a].log2_query;
-  }
-  state.offset = state.sum = 0.0f;
-  state.limit = -infinity;
-}
-
-// Visible columns of a tile of grid keys.
-__device__ __forceinline__ void grid_mask(const Parameters& parameters, const Row& row,
-                                          const KeyRecord& tile, uint32_t axes, MaskWords& words) {
+    if (axes & 1 << a) {
+      const Range keys = work.sees[axis_start + row_coordinate(parameters.problem, row, a)];
 #pragma unroll
-  for (uint32_t& word : words.word) word = all_bits;
-#pragma unroll
-  for (int a = 0; a < max_axes; ++a) {
-    if (!(axes & 1 << a)) continue;
-    const Range sees{row.sees[a].begin - tile.at[a], row.sees[a].end - tile.at[a]};
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      const int first = first_of_word(parameters.key_words[a], word);
-      words.word[word] &=
-          word_bits(parameters.key_words[a], {sees.begin - first, sees.end - first});
+      for (int word = 0; word < 4; ++word) {
+        const int first = tile.at[a] + first_of_word(parameters.key_words[a], word);
+        words.word[word] &=
+            word_bits(parameters.key_words[a], {keys.begin - first, keys.end - first});
+      }
     }
+    axis_start += 1 << parameters.problem.axes[a].log2_query;
   }
 }
 

@@ -190,8 +190,9 @@ Block::Block(const Kernel& kernel, const LaunchShape& shape, uint32_t index, con
       schedule(schedule),
       statistics(statistics),
       slots{shape.threads},
-      // The first kilobyte belongs to the system; variables are aligned to 16 bytes, not more.
-      shared_base(1024 + 16 * schedule.below(64)),
+      // The first kilobyte belongs to the system; variables are aligned as they ask for, not more.
+      shared_base(1024 + kernel.shared_alignment *
+                             schedule.below(std::max(1024 / kernel.shared_alignment, 2u))),
       shared(shared_base + kernel.static_shared + shape.dynamic_shared, slots,
              (shape.threads + warp_size - 1) / warp_size),
       threads(shape.threads),

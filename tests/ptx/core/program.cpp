@@ -142,6 +142,7 @@ class Parser {
       program_.global_addresses[made.name] = (base + 255) / 256 * 256;
     } else if (space == Space::extern_shared) {
       extern_shared_.push_back(made.name);
+      shared_alignment_ = std::max(shared_alignment_, alignment);
     } else {
       static_shared_ = aligned(static_shared_, alignment);
       shared_[made.name] = static_shared_;
@@ -182,6 +183,7 @@ class Parser {
     if (kernel_.code.empty() || kernel_.code.back().flow != Instruction::Flow::exit)
       fault("kernel %s does not end with ret", kernel_.name.c_str());
     kernel_.static_shared = static_shared_;
+    kernel_.shared_alignment = shared_alignment_;
     find_reconvergence(kernel_.code);
     program_.kernels[kernel_.name] = std::move(kernel_);
   }
@@ -372,7 +374,7 @@ class Parser {
       return made;
     }
     if (std::find(extern_shared_.begin(), extern_shared_.end(), name) != extern_shared_.end()) {
-      made.value = static_shared_ = aligned(static_shared_, 16);
+      made.value = static_shared_ = aligned(static_shared_, shared_alignment_);
       return made;
     }
     fault("unknown name %s", name.c_str());
@@ -451,6 +453,7 @@ class Parser {
   std::map<std::string, uint32_t> shared_;
   std::vector<std::string> extern_shared_;
   uint32_t static_shared_ = 0;
+  uint32_t shared_alignment_ = 16;
   uint32_t used_bytes_ = ~0u;
 };
 

@@ -69,6 +69,7 @@ struct Kernel {
   uint32_t max_threads = 0;
   uint32_t registers = 0;
   uint32_t static_shared = 0;
+  uint32_t shared_alignment = 16;
   std::vector<Instruction> code;
   std::vector<std::string> register_names;
 };
