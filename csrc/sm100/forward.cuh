@@ -57,7 +57,7 @@ struct Forward {
     init(shared.statistics_full, 2, soften_warps / 2);
     init(shared.statistics_empty, 2, finish_warps);
     init(&shared.clean_full, 1, finish_warps);
-    init(&shared.clean_empty, 1, soften_warps);
+    init(&shared.clean_empty, 1, soften_warps + 1);
     barrier_init_fence();
   }
 
@@ -207,6 +207,7 @@ struct Forward {
         wait(shared.tiles_full + values.stage(), values.parity());
         if constexpr (careful) {
           wait(&shared.clean_full, clean.parity());
+          arrive(&shared.clean_empty);
           clean.advance();
         }
         end_tile(flags, 0);
