@@ -50,6 +50,11 @@ def _plain(kernel: str) -> Attention:
     return Attention([(20, 9, 1, 1, False, log2, 3), (24, 17, 1, 1, False, 4, 4)])
 
 
+def _wide(kernel: str) -> Attention:
+    """More key tiles for a query tile than there are stages."""
+    return Attention([(800, 800, 1, 1, False, 8 if kernel == "sm100" else 7, 7)])
+
+
 def _globals(kernel: str) -> Attention:
     log2 = 4 if kernel == "sm100" else 3
     axes = [(20, 5, 1, 1, False, log2, 3), (24, 17, 1, 1, False, 4, 4)]
@@ -69,6 +74,7 @@ def _careful(kernel: str) -> Attention:
 
 PROBLEMS: dict[str, Callable[[str], Attention]] = {
     "plain": _plain,
+    "wide": _wide,
     "globals": _globals,
     "long": _long,
     "careful": _careful,
@@ -95,6 +101,7 @@ MUTATIONS = [
         FORWARD,
         "matrix_wait<1>();\n          pin(scores);\n          release(keys.empty + key.stage());",
         "release(keys.empty + key.stage());\n          matrix_wait<1>();\n          pin(scores);",
+        problem="wide",
     ),
     _sm90(
         "values are released before the output is there",
@@ -115,6 +122,7 @@ MUTATIONS = [
         FORWARD,
         "        wait(keys.empty + key.stage(), key.parity() ^ 1);\n",
         "",
+        problem="wide",
     ),
     _sm90(
         "nobody waits for keys",
@@ -293,12 +301,14 @@ MUTATIONS = [
         FORWARD,
         "        end_tile(flags, 1);\n        arrive_when_done(shared.tiles_empty + values.stage());",
         "        arrive_when_done(shared.tiles_empty + values.stage());\n        end_tile(flags, 1);",
+        problem="wide",
     ),
     _sm100(
         "a stage of keys is given back before the second half has used it",
         FORWARD,
         "      start_tile(next, 1);\n      arrive_when_done(shared.tiles_empty + keys.stage());",
         "      arrive_when_done(shared.tiles_empty + keys.stage());\n      start_tile(next, 1);",
+        problem="wide",
     ),
     _sm100(
         "an output is begun while the one before is still being read",
@@ -378,6 +388,7 @@ MUTATIONS = [
         FORWARD,
         "      wait(shared.records_empty + record.stage(), record.parity() ^ 1);\n",
         "",
+        problem="wide",
     ),
     _sm100(
         "queries are not given back",
@@ -422,10 +433,17 @@ MUTATIONS = [
         "          place_of_rows(problem, work, (half ^ 1) * half_rows, at);\n          store_box",
     ),
     _sm100(
-        "the right to more registers than there are",
-        "{name}/layout.cuh",
-        "output_registers = ",
-        "output_registers = 8 + ",
+        "the thread that multiplies may miss that values are clean",
+        FORWARD,
+        "init(&shared.clean_empty, 1, soften_warps + 1);",
+        "init(&shared.clean_empty, 1, soften_warps);",
+        problem="careful",
+    ),
+    _sm100(
+        "more registers than a multiprocessor has",
+        FORWARD,
+        "take_registers<softmax_registers>();",
+        "take_registers<softmax_registers + 8>();",
     ),
 ]
 
