@@ -342,6 +342,24 @@ Handler decode_setp(Instruction& i) {
   return of_integer(type, [&](auto zero) { return comparison<decltype(zero)>(i, how); });
 }
 
+// Copies what `from` says for each lane. nvcc moves and selects what it never wrote where nothing comes
+// of it; so a copy of it is no error, but reading the copy is.
+template <typename From>
+void move(Warp& warp, uint32_t mask, const Operand& to, From from) {
+  warp.check_writable(to.index);
+  uint32_t written = mask;
+  for_each_lane(mask, [&](uint32_t lane) {
+    const Operand& source = from(lane);
+    if (source.kind == Operand::Kind::reg && (warp.written[source.index] >> lane & 1) == 0)
+      written &= ~(1u << lane);
+    else if (source.kind == Operand::Kind::reg)
+      warp.check_readable(source.index, 1u << lane);
+    warp.set(to, lane, warp.get(source, lane));
+  });
+  warp.wrote(to.index, mask);
+  warp.written[to.index] &= ~(mask & ~written);
+}
+
 Handler decode_mov(Instruction& i) {
   Modifiers modifiers(i);
   const Type type = modifiers.take_type();
@@ -353,6 +371,14 @@ Handler decode_mov(Instruction& i) {
   if (type.kind == 'p') return unary<bool>(i, [](bool x) { return x; });
   const bool packs = a.kind == Kind::vector, unpacks = d.kind == Kind::vector;
   if (!packs && !unpacks) {
+    if (d.kind == Kind::reg && a.kind == Kind::reg) {
+      i.reads.clear();
+      i.writes.clear();
+      return [d, a](Warp& warp, uint32_t mask) {
+        move(warp, mask, d, [&](uint32_t) -> const Operand& { return a; });
+        return true;
+      };
+    }
     const uint64_t bits = type.bits == 64 ? ~uint64_t{0} : (uint64_t{1} << type.bits) - 1;
     return [bits, d, a](Warp& warp, uint32_t mask) {
       for_each_lane(mask, [&](uint32_t lane) { warp.set(d, lane, warp.get(a, lane) & bits); });
@@ -384,12 +410,11 @@ Handler decode_selp(Instruction& i) {
   modifiers.take_type();
   modifiers.done();
   need_operands(i, 4, 4);
-  first_is_written(i);
+  collect(i.operands[3], i.reads);
   return [d = i.operands[0], a = i.operands[1], b = i.operands[2], p = i.operands[3]](Warp& warp,
                                                                                       uint32_t mask) {
-    for_each_lane(mask, [&](uint32_t lane) {
-      warp.set(d, lane, warp.get(warp.predicate(p, lane) ? a : b, lane));
-    });
+    move(warp, mask, d,
+         [&](uint32_t lane) -> const Operand& { return warp.predicate(p, lane) ? a : b; });
     return true;
   };
 }

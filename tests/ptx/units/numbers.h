@@ -1,4 +1,4 @@
-// Number formats and the roundings of cvt (PTX ISA 9.7.9.21, "cvt").
+// Number formats, the roundings of cvt, and approximate functions (PTX ISA, "cvt" and "ex2").
 #pragma once
 
 #include <cmath>
@@ -75,8 +75,7 @@ inline float flushed(float x) {
   return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
 }
 
-// ex2.approx{.ftz}.f32. The hardware's error is at most 2^-22.5 relative (PTX ISA, "ex2"); this one is
-// rounded correctly, and so agrees to that bound. Exact where the ISA says so: zeros, infinities.
+// ex2.approx{.ftz}.f32, but rounded correctly: the hardware is at most 2 ulp away (PTX ISA, "ex2").
 inline float exp2_approximate(float x, bool flush) {
   if (std::isnan(x)) return float_of(canonical_nan);
   const float y = static_cast<float>(std::exp2(static_cast<double>(flush ? flushed(x) : x)));

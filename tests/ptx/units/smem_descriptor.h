@@ -154,7 +154,9 @@ struct SmemMatrix {
 
   void check() const {
     const auto& [start, leading, stride, swizzle] = descriptor;
-    if (element_bytes != 2) fault("%s: only elements of two bytes are modelled", name);
+    if (major == Major::mn && element_bytes != 2) fault("%s: MN-major needs elements of two bytes", name);
+    if (rows % 8 != 0 || columns * element_bytes % chunk_bytes != 0)
+      fault("%s: a matrix of %u x %u", name, rows, columns);
     if (swizzle == Swizzle::none) return;
     const uint32_t span = span_of(swizzle), pattern = pattern_bytes(swizzle);
     // Where a step along the row of a pattern has been added, only bits below the span change.

@@ -1,7 +1,7 @@
 // Tensor maps and the copies of cp.async.bulk.tensor in its tiled mode.
 //
 // CUDA driver API, cuTensorMapEncodeTiled (the rules in its documentation, in cuda.h); PTX ISA 5.5,
-// "Tensors" (bounding box, traversal stride, out-of-boundary access, swizzles); PTX ISA 9.7.9.27,
+// "Tensors" (bounding box, traversal stride, out-of-boundary access, swizzles), and
 // "cp.async.bulk.tensor". Not modelled, and refused: im2col, interleaved layouts, packed types of
 // less than a byte, swizzles of atoms larger than 16 bytes, NaN fill.
 #pragma once
