@@ -108,8 +108,8 @@ void Warp::step() {
       branch(now, active, mask);
       break;
     case Instruction::Flow::exit:
-      ++paths.back().at;
       leave(mask);
+      ++paths.back().at;
       break;
     case Instruction::Flow::next:
       if (mask != 0) {
