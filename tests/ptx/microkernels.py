@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from ptx import interpreter
+from torch import Tensor
 
 # Ends a kernel: thread t stores %r1 at out[t].
 STORE = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from ptx import build, interpreter
 from ptx.microkernels import STORE, execute, module
 
@@ -94,7 +93,9 @@ def test_shuffles_and_votes() -> None:
     assert execute("shfl.sync.idx.b32 %r1|%p1, %r0, 2, 0x1c1f, -1;" + STORE).tolist() == [
         t // 4 * 4 + 2 for t in range(32)
     ]
-    up = "shfl.sync.up.b32 %r1|%p1, %r0, 3, 0, -1; selp.b32 %r2, 100, 0, %p1; add.s32 %r1, %r1, %r2;"
+    up = (
+        "shfl.sync.up.b32 %r1|%p1, %r0, 3, 0, -1; selp.b32 %r2, 100, 0, %p1; add.s32 %r1, %r1, %r2;"
+    )
     assert execute(up + STORE).tolist() == [t - 3 + 100 if t >= 3 else t for t in range(32)]
     votes = "setp.gt.u32 %p1, %r0, 30; vote.sync.any.pred %p2, %p1, -1; vote.sync.all.pred %p3, %p1, -1;"
     chosen = "selp.b32 %r1, 1, 0, %p2; selp.b32 %r2, 2, 0, %p3; or.b32 %r1, %r1, %r2;"

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from ptx import build, interpreter
 from ptx.microkernels import BF16, STORE, SWIZZLE_128, WAIT, execute, numbered
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(build.CXX is None, reason="needs a C++ compiler")
 
@@ -41,7 +40,9 @@ loading:
 """
 
 
-def fails(execute_body: Callable[[str, int], object], body: str, old: str, new: str, says: str) -> None:
+def fails(
+    execute_body: Callable[[str, int], object], body: str, old: str, new: str, says: str
+) -> None:
     """An edit of a body is an error under some schedule."""
     assert old in body
     with pytest.raises(interpreter.PtxError, match=says):
@@ -82,7 +83,9 @@ def copy(body: str, schedule: int) -> tuple[Tensor, list[int]]:
         interpreter.tensor_map(x, (64, rows), data_type=BF16, swizzle=SWIZZLE_128)
         for x, rows in ((given, 64), (written, 64))
     ]
-    words = execute(body, shared=9216 + 1024, tensors=[given, written], maps=maps, schedule=schedule)
+    words = execute(
+        body, shared=9216 + 1024, tensors=[given, written], maps=maps, schedule=schedule
+    )
     return written, [int(x) for x in words]
 
 
@@ -174,9 +177,7 @@ def test_wgmma_multiplies() -> None:
     """The fourth register of thread 32 w + l is row 16 w + 8 + l / 4, column 2 (l % 4) + 1."""
     a = numbered(64, 64)[:, :16].float()
     product = a @ a[:8].T
-    expected = [
-        float(product[16 * (t // 32) + 8 + t % 32 // 4, t % 4 * 2 + 1]) for t in range(128)
-    ]
+    expected = [float(product[16 * (t // 32) + 8 + t % 32 // 4, t % 4 * 2 + 1]) for t in range(128)]
     for schedule in SCHEDULES:
         assert multiply_on_hopper(WGMMA, schedule).tolist() == pytest.approx(expected, rel=1e-6)
 
@@ -280,7 +281,9 @@ def test_tcgen05_multiplies() -> None:
     a = numbered(128, 64)[:, :16].float()
     expected = (a @ a[3]).tolist()
     for schedule in SCHEDULES:
-        assert multiply_on_blackwell(TCGEN05, schedule).tolist() == pytest.approx(expected, rel=1e-6)
+        assert multiply_on_blackwell(TCGEN05, schedule).tolist() == pytest.approx(
+            expected, rel=1e-6
+        )
 
 
 ANOTHER_STORE = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r10], {%r0};"
@@ -294,15 +297,23 @@ ANOTHER_STORE = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r10], {%r0};"
         (FINISH, "", "without what orders the two|has not been written"),
         ("issued:\nmov.u32 %r3, 0;", "issued:\nmov.u32 %r3, 1;", "orders the two|not been written"),
         ("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r8, 32;", "", "ends with 32 columns"),
-        ("before_thread_sync;\nbar.sync 0;\n@%p8 bra freed", "before_thread_sync;\n@%p8 bra freed", "may still"),
+        (
+            "before_thread_sync;\nbar.sync 0;\n@%p8 bra freed",
+            "before_thread_sync;\n@%p8 bra freed",
+            "may still",
+        ),
         ("[%r7], 32;", "[%r7], 48;", "not a power of two"),
-        ("shl.b32 %r10, %r10, 21;", "shl.b32 %r10, %r10, 20;", "may not access lane 16"),
+        ("shl.b32 %r10, %r10, 21;", "shl.b32 %r10, %r10, 20;", "may not access lane"),
         ("0x8040490", "0x8040090", "the type of A or B|factors of two types"),
         ("0x40004040", "0x40000040", "bits 46 to 48"),
         ("[%r8], %rd4", "[%r7], %rd4", "not allocated|has no lanes|starts at lane"),
         ("setp.ne.s32 %p1, %r0, %r0;", "setp.eq.s32 %p1, %r0, %r0;", "has not been written"),
         ("@%p9 bra issued;\n\n{", "{", "which is for one thread|for one thread"),
-        ("mov.u32 %r1, %r14;", ANOTHER_STORE + "mov.u32 %r1, %r14;" + ANOTHER_STORE, "orders the two"),
+        (
+            "mov.u32 %r1, %r14;",
+            ANOTHER_STORE + "mov.u32 %r1, %r14;" + ANOTHER_STORE,
+            "orders the two",
+        ),
     ],
 )
 def test_misuse_of_tcgen05(old: str, new: str, says: str) -> None:
