@@ -12,10 +12,10 @@ from typing import Any
 
 import oracle
 import torch
+from ptx import build, interpreter
 from torch import Tensor
 
 from gna_compile.providers.cuda_library import BF16, FP16, GridAxis, NativeProblem, TensorView
-from ptx import build, interpreter
 
 ARCHITECTURES = {"sm90": ("compute_90a", (9, 0)), "sm100": ("compute_100f", (10, 0))}
 
@@ -134,7 +134,9 @@ class Attention:
             prefix=self.prefix,
         )
 
-    def check(self, name: str, *, schedule: int = 0, multiprocessors: int = 1) -> interpreter.Counts:
+    def check(
+        self, name: str, *, schedule: int = 0, multiprocessors: int = 1
+    ) -> interpreter.Counts:
         """Runs the kernel and compares; fails if it is not right to the tolerance of hardware."""
         output, logsumexp, counted = self.run(
             name, schedule=schedule, multiprocessors=multiprocessors

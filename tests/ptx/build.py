@@ -17,7 +17,16 @@ NVCC = shutil.which("nvcc")
 INCLUDE = ROOT / "csrc" / "include"
 
 # No contraction: an FMA that the PTX does not ask for rounds otherwise.
-CXX_FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fwrapv", "-ffp-contract=off", "-Wall", "-Wextra")
+CXX_FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fwrapv",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+)
 NVCC_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--no-compress", "-Xcompiler", "-fPIC")
 
 

@@ -10,9 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
-
 from ptx import build
+from torch import Tensor
 
 MOST_INSTRUCTIONS = 200_000_000
 
@@ -39,10 +38,9 @@ def _library() -> ctypes.CDLL:
     loaded.ptx_configure.argtypes = [c_uint64, c_uint64, c_int, c_int, c_int]
     loaded.ptx_register_memory.argtypes = [c_uint64, c_uint64, c_int]
     loaded.ptx_run.argtypes = [c_char_p, c_char_p, *[c_uint32] * 3, c_char_p, c_uint64]
-    loaded.ptx_encode_tensor_map.argtypes = [c_void_p, c_uint32, c_uint32, c_uint64] + [
-        *[c_void_p] * 4,
-        c_uint32,
-    ]
+    pointers = [c_void_p] * 4
+    numbers = [c_uint32, c_uint32, c_uint64]
+    loaded.ptx_encode_tensor_map.argtypes = [c_void_p, *numbers, *pointers, c_uint32]
     return loaded
 
 
@@ -134,7 +132,9 @@ def tensor_map(
     """
     rank = tensor.dim()
     extents = (c_uint64 * rank)(*reversed(tensor.shape))
-    strides = (c_uint64 * rank)(*[s * tensor.element_size() for s in reversed(tensor.stride()[:-1])])
+    strides = (c_uint64 * rank)(
+        *[s * tensor.element_size() for s in reversed(tensor.stride()[:-1])]
+    )
     room = ctypes.create_string_buffer(128 + 64)
     address = (ctypes.addressof(room) + 63) // 64 * 64
     code = _library().ptx_encode_tensor_map(

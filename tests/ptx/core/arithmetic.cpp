@@ -297,31 +297,37 @@ Handler decode_logic(Instruction& i, const std::string& base) {
   });
 }
 
-// Comparisons, 9.3.1 and 9.3.2: those of floats are false with NaN, but for "ne" variants ending in u.
-template <typename T>
-bool compare(const std::string& how, T a, T b) {
-  if constexpr (std::is_same_v<T, float>) {
-    const bool unordered = std::isnan(a) || std::isnan(b);
-    if (how == "num") return !unordered;
-    if (how == "nan") return unordered;
-    if (how.size() == 3 && how[2] == 'u') return unordered || compare(how.substr(0, 2), a, b);
-    if (unordered) return false;
+// Comparisons, 9.3.1 and 9.3.2. With NaN those of floats are false, but for those whose names end in u
+// and for nan.
+struct Comparison {
+  bool less = false, equal = false, greater = false, unordered = false;
+
+  template <typename T>
+  bool operator()(T a, T b) const {
+    return a < b ? less : a == b ? equal : a > b ? greater : unordered;
   }
-  if (how == "eq") return a == b;
-  if (how == "ne") return a != b;
-  if (how == "lt" || how == "lo") return a < b;
-  if (how == "le" || how == "ls") return a <= b;
-  if (how == "gt" || how == "hi") return a > b;
-  if (how == "ge" || how == "hs") return a >= b;
+};
+
+Comparison comparison_of(std::string how, bool of_floats) {
+  if (of_floats && how == "num") return {true, true, true, false};
+  if (of_floats && how == "nan") return {false, false, false, true};
+  const bool unordered = of_floats && how.size() == 3 && how[2] == 'u';
+  if (unordered) how.pop_back();
+  if (how == "eq") return {false, true, false, unordered};
+  if (how == "ne") return {true, false, true, unordered};
+  if (how == "lt" || how == "lo") return {true, false, false, unordered};
+  if (how == "le" || how == "ls") return {true, true, false, unordered};
+  if (how == "gt" || how == "hi") return {false, false, true, unordered};
+  if (how == "ge" || how == "hs") return {false, true, true, unordered};
   fault("unknown comparison .%s", how.c_str());
 }
 
 template <typename T>
 Handler comparison(Instruction& i, const std::string& how) {
-  compare(how, T{}, T{});  // known?
-  return [how, d = i.operands[0], a = i.operands[1], b = i.operands[2]](Warp& warp, uint32_t mask) {
+  return [compare = comparison_of(how, std::is_same_v<T, float>), d = i.operands[0],
+          a = i.operands[1], b = i.operands[2]](Warp& warp, uint32_t mask) {
     for_each_lane(mask, [&](uint32_t lane) {
-      warp.set(d, lane, compare(how, value<T>(warp, a, lane), value<T>(warp, b, lane)));
+      warp.set(d, lane, compare(value<T>(warp, a, lane), value<T>(warp, b, lane)));
     });
     return true;
   };
@@ -350,10 +356,11 @@ void move(Warp& warp, uint32_t mask, const Operand& to, From from) {
   uint32_t written = mask;
   for_each_lane(mask, [&](uint32_t lane) {
     const Operand& source = from(lane);
-    if (source.kind == Operand::Kind::reg && (warp.written[source.index] >> lane & 1) == 0)
-      written &= ~(1u << lane);
-    else if (source.kind == Operand::Kind::reg)
-      warp.check_readable(source.index, 1u << lane);
+    if (source.kind == Operand::Kind::reg) {
+      const bool known = warp.written[source.index] >> lane & 1;
+      warp.check_readable(source.index, known ? 1u << lane : 0);
+      if (!known) written &= ~(1u << lane);
+    }
     warp.set(to, lane, warp.get(source, lane));
   });
   warp.wrote(to.index, mask);

@@ -22,42 +22,6 @@ Warp::Warp(Block& block, uint32_t index) : block(block), index(index) {
 
 const Instruction& Warp::instruction() const { return block.kernel.code[paths.back().at]; }
 
-Thread& Warp::thread(uint32_t lane) { return block.threads[thread_index(lane)]; }
-
-uint64_t Warp::get(const Operand& operand, uint32_t lane) {
-  switch (operand.kind) {
-    case Operand::Kind::reg:
-      return registers[operand.index * warp_size + lane];
-    case Operand::Kind::immediate:
-      return operand.value;
-    case Operand::Kind::shared:
-      return block.shared_base + operand.value;
-    case Operand::Kind::special:
-      switch (static_cast<Special>(operand.index)) {
-        case Special::tid:
-          return thread_index(lane);
-        case Special::ntid:
-          return block.shape.threads;
-        case Special::ctaid:
-          return block.block_index;
-        case Special::nctaid:
-          return block.shape.blocks;
-        case Special::laneid:
-          return lane;
-        case Special::warpid:
-          return index;
-      }
-      [[fallthrough]];
-    default:
-      fault("this operand has no value");
-  }
-}
-
-void Warp::set(const Operand& operand, uint32_t lane, uint64_t value) {
-  if (operand.kind == Operand::Kind::sink) return;
-  registers[operand.index * warp_size + lane] = value;
-}
-
 void Warp::must_be_whole(uint32_t mask) const {
   if (mask != live)
     fault("only lanes %08x of the warp's %08x execute this instruction, which is for all", mask, live);
@@ -108,8 +72,8 @@ void Warp::step() {
       branch(now, active, mask);
       break;
     case Instruction::Flow::exit:
-      ++paths.back().at;
       leave(mask);
+      ++paths.back().at;
       break;
     case Instruction::Flow::next:
       if (mask != 0) {

@@ -189,4 +189,40 @@ struct Block {
   void check_end();
 };
 
+inline Thread& Warp::thread(uint32_t lane) { return block.threads[thread_index(lane)]; }
+
+inline uint64_t Warp::get(const Operand& operand, uint32_t lane) {
+  switch (operand.kind) {
+    case Operand::Kind::reg:
+      return registers[operand.index * warp_size + lane];
+    case Operand::Kind::immediate:
+      return operand.value;
+    case Operand::Kind::shared:
+      return block.shared_base + operand.value;
+    case Operand::Kind::special:
+      switch (static_cast<Special>(operand.index)) {
+        case Special::tid:
+          return thread_index(lane);
+        case Special::ntid:
+          return block.shape.threads;
+        case Special::ctaid:
+          return block.block_index;
+        case Special::nctaid:
+          return block.shape.blocks;
+        case Special::laneid:
+          return lane;
+        case Special::warpid:
+          return index;
+      }
+      [[fallthrough]];
+    default:
+      fault("this operand has no value");
+  }
+}
+
+inline void Warp::set(const Operand& operand, uint32_t lane, uint64_t value) {
+  if (operand.kind == Operand::Kind::sink) return;
+  registers[operand.index * warp_size + lane] = value;
+}
+
 }  // namespace gna::ptx
