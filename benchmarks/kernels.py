@@ -1,273 +1,317 @@
-"""Kernel times on this machine's GPU: cuDNN's dense attention, gna-compile's kernel and, on request,
-FlexAttention, side by side in one run.
+"""The op's kernel on this machine's GPU beside its peers, in one run and taking turns.
 
-    python -m benchmarks.kernels                    # all cases
-    python -m benchmarks.kernels hunyuan-na ltx-11  # some of them
-    python -m benchmarks.kernels --json results.json --repeats 11
+    python -m benchmarks kernels                    # all cases
+    python -m benchmarks kernels hunyuan-na ltx-11  # some of them
+    python -m benchmarks kernels --peers cudnn      # without the slow peers
 
-A card's clock drifts with its power and heat, so no time is compared across runs: the peers take
-turns, and the speedup over cuDNN is the median of the ratios of neighbouring turns.
+Whole op, forward, bf16, batch 1. Dense attention by cuDNN (`cudnn`) and FlashAttention-2 (`fa2`)
+computes every pair; `flex` is the same neighborhood attention by FlexAttention's kernels with tokens
+in tile order, its copies there and back included. `cudnn-masked` is what Inductor runs for a model
+that masks its padded text. The speedup over cuDNN is the median of the ratios turn by turn.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Annotated, Any
 
 import torch
+import typer
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import plots, record, timing
 from gna_compile.geometry import Neighborhood
 from gna_compile.ops import neighborhood_attention
+from gna_compile.planner import Workload, plan, speedups
+from gna_compile.simulate import cases
 
-_SHORTEST = 4.0  # milliseconds that one turn takes at least; short calls are repeated within it
+PEERS = ("fa2", "flex", "cudnn")
+OURS = "ours"
+NEAR_ENOUGH = 0.98  # of its goal: a case that reaches this meets it
+_DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: a grid, its window, and how many times faster than cuDNN we mean to be.
+    """A problem of `gna simulate`, and how much faster than cuDNN we mean to be.
 
     Args:
+        problem: geometry, heads and head size.
         goal: speedup over cuDNN's dense attention; None where it is a share of the FLOP bound.
         share: goal as a share of the FLOP bound.
         shown: of the global tokens, how many the key mask leaves visible; None for no mask.
     """
 
-    grid: tuple[int, ...]
-    heads: int
-    head_dim: int
-    window: tuple[int, ...]
-    stride: tuple[int, ...]
+    problem: cases.Case
     goal: float | None = None
-    share: float | None = None
-    dilation: tuple[int, ...] | None = None
-    prefix: int = 0
-    suffix: int = 0
+    share: float = 1.0
     shown: int | None = None
 
     @property
     def neighborhood(self) -> Neighborhood:
-        return Neighborhood.of(
-            self.grid,
-            self.window,
-            self.stride,
-            self.dilation,
-            prefix=self.prefix,
-            suffix=self.suffix,
-        )
+        return self.problem.workload.neighborhood
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of one head; what the key mask hides is not."""
+        neighborhood = self.neighborhood
+        hidden = 0 if self.shown is None else neighborhood.global_tokens - self.shown
+        return neighborhood.pairs - hidden * neighborhood.tokens
 
     @property
     def flops(self) -> int:
-        """Of the visible pairs; a hidden global key counts as visible."""
-        return 4 * self.neighborhood.pairs * self.heads * self.head_dim
+        return 4 * self.pairs * self.problem.heads * self.problem.head_dim
 
     @property
     def bound(self) -> float:
-        return 1 / self.neighborhood.flop_share
+        """Dense attention's FLOPs over those of the visible pairs."""
+        return self.neighborhood.tokens**2 / self.pairs
 
     @property
     def target(self) -> float:
-        return self.goal if self.goal is not None else (self.share or 0.0) * self.bound
+        return self.share * self.bound if self.goal is None else self.goal
+
+    def inputs(self, device: str, **kwargs: Any) -> list[Tensor]:
+        """Query, key and value."""
+        problem = self.problem
+        shape = (1, problem.heads, self.neighborhood.tokens, problem.head_dim)
+        return [torch.randn(shape, device=device, dtype=torch.bfloat16, **kwargs) for _ in range(3)]
+
+    def attention(self, inputs: list[Tensor], provider: str) -> Callable[[], Tensor]:
+        """The op on these inputs."""
+        problem, key_mask = self.problem, None
+        if self.shown is not None:
+            places = torch.arange(self.neighborhood.global_tokens, device=inputs[0].device)
+            key_mask = places[None] < self.shown
+
+        def attend() -> Tensor:
+            output = neighborhood_attention(
+                *inputs,
+                grid=problem.grid,
+                window=problem.window,
+                stride=problem.stride,
+                dilation=problem.dilation,
+                prefix=problem.prefix,
+                suffix=problem.suffix,
+                key_mask=key_mask,
+                provider=provider,
+            )
+            assert isinstance(output, Tensor)
+            return output
+
+        return attend
 
 
-_VIDEO = ((30, 48, 80), 24, 128)
-_IMAGE = ((256, 256), 24, 128)
-_WORLD = ((16, 44, 80), 32, 128)
-_WAN = ((21, 45, 80), 40, 128)
-_SEQUENCE = ((32768,), 24, 128)
-_LTX = ((32, 64, 96), 8, 64)
-
-CASES = {
-    "hunyuan-gna": Case(*_VIDEO, (18, 24, 24), (16, 8, 8), 11.1),
-    "hunyuan-na": Case(*_VIDEO, (18, 24, 24), (1, 1, 1), 6.0),
-    "hunyuan-58": Case(*_VIDEO, (30, 40, 40), (1, 32, 8), 2.4),
-    "flux4k-gna": Case(*_IMAGE, (80, 80), (16, 16), 10.2),
-    "flux4k-na": Case(*_IMAGE, (80, 80), (1, 1), 7.4),
-    "cosmos-56-gna": Case(*_WORLD, (16, 32, 48), (1, 8, 16), 2.29),
-    "cosmos-89-gna": Case(*_WORLD, (16, 24, 16), (1, 8, 16), 9.1),
-    "cosmos-89-na": Case(*_WORLD, (16, 24, 16), (1, 1, 1), 6.8),
-    "wan720p-gna": Case(*_WAN, (12, 24, 24), (4, 8, 8), 9.3),
-    "wan720p-na": Case(*_WAN, (11, 23, 27), (1, 1, 1), 5.2),
-    "1d-32k": Case(*_SEQUENCE, (2048,), (256,), 15.0),
-    "1d-32k-na": Case(*_SEQUENCE, (2048,), (1,), 13.5),
-    "ltx-11": Case(*_LTX, (11, 11, 11), (1, 1, 1), 40.0),
-    "ltx-355": Case(*_LTX, (3, 5, 5), (1, 1, 1), 150.0),
-    "dense": Case(*_SEQUENCE, (32768,), (1,), 1.0),
-    "dense-64": Case(*_LTX, (32, 64, 96), (1, 1, 1), 1.0),
-    "flux4k-text": Case(*_IMAGE, (80, 80), (16, 16), share=0.97, prefix=512),
-    "hunyuan-text": Case(*_VIDEO, (18, 24, 24), (16, 8, 8), share=0.97, suffix=256, shown=100),
-    "dilated": Case((16, 44, 80), 16, 128, (16, 4, 16), (1, 1, 1), share=0.5, dilation=(1, 11, 5)),
+_GOALS: dict[str, dict[str, Any]] = {
+    "hunyuan-gna": {"goal": 11.1},
+    "hunyuan-na": {"goal": 6.0},
+    "hunyuan-58": {"goal": 2.4},
+    "flux4k-gna": {"goal": 10.2},
+    "flux4k-na": {"goal": 7.4},
+    "cosmos-56-gna": {"goal": 2.29},
+    "cosmos-89-gna": {"goal": 9.1},
+    "cosmos-89-na": {"goal": 6.8},
+    "wan720p-gna": {"goal": 9.3},
+    "wan720p-na": {"goal": 5.2},
+    "1d-32k": {"goal": 15.0},
+    "1d-32k-na": {"goal": 13.5},
+    "ltx-11": {"goal": 40.0},
+    "ltx-355": {"goal": 150.0},
+    "dense": {"goal": 1.0},
+    "dense-64": {"goal": 1.0},
+    "flux4k-text": {"share": 0.97},
+    "hunyuan-text": {"share": 0.97, "shown": 100},
+    "dilated": {"share": 0.5},
 }
+CASES = {name: Case(cases.CASES[name], **goal) for name, goal in _GOALS.items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """Medians of one case; times in milliseconds."""
+    """One case measured.
+
+    Attributes:
+        ms: median milliseconds of each contestant, `OURS` among them.
+        failed: why a contestant did not run.
+        speedups: of each over cuDNN, the medians of the ratios turn by turn.
+        ratios: those of `OURS`.
+        goal: the speedup that `OURS` is meant to reach.
+        of_goal: the share of it that was reached; None without cuDNN.
+        bound: dense attention's FLOPs over those of the visible pairs.
+        flops: of the visible pairs.
+        tflops: useful TFLOP/s of each: those FLOPs over its time, whatever else it computed.
+        predicted_ms: by the planner for `OURS`.
+        prediction_error: predicted over measured time, less 1.
+        predicted_speedup: over dense attention, by the planner.
+        difference: largest absolute difference between the outputs of `OURS` and `flex`.
+    """
 
     case: str
-    cudnn: float
-    ours: float
-    flex: float | None
-    speedup: float
-    ratios: list[float]
-    target: float
+    goal: float
     bound: float
-    tflops: float
+    flops: int
+    ms: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    speedups: dict[str, float] = field(default_factory=dict)
+    ratios: list[float] = field(default_factory=list)
+    of_goal: float | None = None
+    tflops: dict[str, float] = field(default_factory=dict)
+    predicted_ms: float | None = None
+    prediction_error: float | None = None
+    predicted_speedup: float | None = None
+    difference: float | None = None
 
 
-def measure(name: str, case: Case, repeats: int, provider: str, with_flex: bool) -> Result:
-    """Times one case; the peers take turns."""
-    neighborhood = case.neighborhood
-    shape = (1, case.heads, neighborhood.tokens, case.head_dim)
-    query, key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    key_mask = None
-    if case.shown is not None:
-        key_mask = torch.arange(neighborhood.global_tokens, device="cuda")[None] < case.shown
-
-    def cudnn() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(query, key, value)
-
-    def ours() -> object:
-        return neighborhood_attention(
-            query,
-            key,
-            value,
-            grid=case.grid,
-            window=case.window,
-            stride=case.stride,
-            dilation=case.dilation,
-            prefix=case.prefix,
-            suffix=case.suffix,
-            key_mask=key_mask,
-            provider=provider,
-        )
-
-    peers: list[Callable[[], object]] = [cudnn, ours]
-    if with_flex:
-        peers.append(_flex(case, query, key, value))
-    calls = [max(1, round(_SHORTEST / _time(peer, 1, warm=True))) for peer in peers]
-    times = [
-        [_time(peer, count) for peer, count in zip(peers, calls, strict=True)]
-        for _ in range(repeats)
-    ]
-    ratios = [turn[0] / turn[1] for turn in times]
-    medians = [statistics.median(column) for column in zip(*times, strict=True)]
-    return Result(
-        name,
-        medians[0],
-        medians[1],
-        medians[2] if with_flex else None,
-        statistics.median(ratios),
-        ratios,
-        case.target,
-        case.bound,
-        case.flops / medians[1] * 1e-9,
-    )
-
-
-def _time(run: Callable[[], object], calls: int, warm: bool = False) -> float:
-    """Milliseconds per call."""
-    if warm:
-        run()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        run()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / calls
-
-
-def _flex(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], object]:
-    """FlexAttention on the tokens in raster order."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    if case.prefix or case.suffix or case.dilation:
-        raise SystemExit("--flex: global tokens and dilation are left out of this comparison")
-    axes = case.neighborhood.axes
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = torch.ones_like(q, dtype=torch.bool)
-        for axis in reversed(axes):
-            at, to = q % axis.length, k % axis.length
-            leader = at // axis.stride * axis.stride + axis.stride // 2
-            leader = leader.clamp(max=axis.length - 1)
-            first = (leader - axis.window // 2).clamp(0, axis.length - axis.window)
-            seen = seen & (to >= first) & (to < first + axis.window)
-            q, k = q // axis.length, k // axis.length
-        return seen
-
-    tokens = query.shape[2]
-    mask = create_block_mask(visible, None, None, tokens, tokens, device="cuda", _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(query, key, value, block_mask=mask)
-
-
-def table(results: list[Result]) -> str:
-    """The results as text."""
-    lines = [
-        f"{'case':14}{'cuDNN ms':>10}{'flex ms':>9}{'ours ms':>9}{'speedup':>9}{'goal':>8}"
-        f"{'bound':>8}{'TFLOP/s':>9}"
-    ]
-    for result in results:
-        met = "" if result.speedup >= 0.98 * result.target else "  below its goal"
-        flex = f"{result.flex:9.2f}" if result.flex is not None else f"{'–':>9}"
-        lines.append(
-            f"{result.case:14}{result.cudnn:10.2f}{flex}{result.ours:9.3f}{result.speedup:9.2f}"
-            f"{result.target:8.2f}{result.bound:8.2f}{result.tflops:9.0f}{met}"
-        )
-    return "\n".join(lines)
-
-
-def machine() -> dict[str, str]:
-    """What the numbers depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of each peer (default 7)")
-    parser.add_argument("--provider", default="sm90", help="which kernel is ours (default sm90)")
-    parser.add_argument("--flex", action="store_true", help="also time FlexAttention")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    arguments = parser.parse_args()
-    unknown = set(arguments.cases) - set(CASES)
-    if unknown:
-        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+def main(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[CASE]...", help="Which cases; all if none.")
+    ] = None,
+    peers: Annotated[str, typer.Option(help="Who runs beside ours.")] = ",".join(PEERS),
+    repeats: Annotated[int, typer.Option(help="Turns of each.")] = 7,
+    provider: Annotated[str, typer.Option(help="Which kernel is ours.")] = "sm90",
+) -> None:
+    """The kernel against cuDNN, FlashAttention-2 and FlexAttention, and its predicted time."""
+    chosen = [peer for peer in peers.split(",") if peer]
+    for kind, given, known in (("case", names or [], CASES), ("peer", chosen, PEERS)):
+        for name in given:
+            if name not in known:
+                raise typer.BadParameter(f"there is no {kind} {name!r}, only {', '.join(known)}")
     if not torch.cuda.is_available():
-        sys.exit("this needs a CUDA device")
+        raise typer.BadParameter("this needs a CUDA device")
     torch.manual_seed(0)
-    results = []
-    for name in arguments.cases or CASES:
-        result = measure(name, CASES[name], arguments.repeats, arguments.provider, arguments.flex)
-        results.append(result)
-        print(table([result]).splitlines()[1], flush=True)
-    print(f"\n{machine()}\n{table(results)}")
-    if arguments.json:
-        data = {"machine": machine(), "results": [asdict(result) for result in results]}
-        arguments.json.write_text(json.dumps(data, indent=1) + "\n")
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(record.environment(), highlight=False)
+    results: list[Result] = []
+    for name in names or CASES:
+        results.append(measure(name, CASES[name], chosen, repeats, provider, "cuda"))
+        console.print(summary(results[-1]), highlight=False)
+        # After every case, so that a run that is cut off leaves what it has.
+        rows = [asdict(result) for result in results]
+        path = record.update(f"kernels-{record.card()}", "case", rows, CASES)
+    console.print(table(results))
+    console.print(f"written to {path}")
+    plots.draw(path)
+
+
+def measure(
+    name: str, case: Case, peers: list[str], repeats: int, provider: str, device: str
+) -> Result:
+    """Times one case. A contestant that fails is left out, with the reason."""
+    result = Result(name, case.target, case.bound, case.flops)
+    runs = contestants(case, peers, provider, device)
+    outputs, result.failed = timing.first_calls(runs)
+    if OURS in outputs and "flex" in outputs:
+        result.difference = (outputs[OURS] - outputs["flex"]).abs().max().item()
+    able = {name: run for name, run in runs.items() if name in outputs}
+    outputs.clear()
+    times = timing.take_turns(able, repeats, timing.clock(device))
+    result.ms = timing.medians(times)
+    result.tflops = {peer: 1e-9 * case.flops / ms for peer, ms in result.ms.items()}
+    ratios = timing.speedups(times, over="cudnn")
+    result.speedups = timing.medians(ratios)
+    result.ratios = ratios.get(OURS, [])
+    if OURS in result.speedups:
+        result.of_goal = result.speedups[OURS] / case.target
+    if provider == "sm90":
+        predict(result, case)
+    return result
+
+
+def contestants(
+    case: Case, peers: list[str], provider: str, device: str
+) -> dict[str, Callable[[], Tensor]]:
+    """What takes turns; cuDNN and ours, which are compared, come last."""
+    inputs = case.inputs(device)
+    runs: dict[str, Callable[[], Tensor]] = {}
+    if "fa2" in peers:
+        runs["fa2"] = partial(dense, "fa2", inputs)
+    if "flex" in peers:
+        runs["flex"] = case.attention(inputs, "flex")
+    if "cudnn" in peers:
+        if case.shown is not None:
+            neighborhood = case.neighborhood
+            places = torch.arange(neighborhood.tokens, device=device)
+            # Suffix tokens only: the cases with a key mask have no prefix.
+            shown = places < neighborhood.tokens - neighborhood.suffix + case.shown
+            runs["cudnn-masked"] = partial(dense, "cudnn", inputs, shown[None, None, None])
+        runs["cudnn"] = partial(dense, "cudnn", inputs)
+    runs[OURS] = case.attention(inputs, provider)
+    return runs
+
+
+def dense(peer: str, inputs: list[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Dense attention by one of PyTorch's backends."""
+    query, key, value = inputs
+    with sdpa_kernel(_DENSE[peer]):
+        return scaled_dot_product_attention(query, key, value, mask)
+
+
+def predict(result: Result, case: Case) -> None:
+    """Adds what the planner says of the Hopper kernel, as the provider asks it."""
+    workload = Workload(
+        case.neighborhood.merged,
+        case.problem.heads,
+        case.problem.head_dim,
+        key_mask=case.shown is not None,
+    )
+    cut = plan(workload, "sm90")
+    result.predicted_ms = cut.milliseconds
+    result.predicted_speedup = speedups(cut).predicted
+    if OURS in result.ms:
+        result.prediction_error = cut.milliseconds / result.ms[OURS] - 1
+
+
+def summary(result: Result) -> str:
+    """A line for each case while it runs, with all that did not work."""
+    parts = [f"{peer} {ms:.3f} ms" for peer, ms in result.ms.items()]
+    if result.of_goal is not None:
+        parts.append(f"{result.speedups[OURS]:.2f}x, {result.of_goal:.1%} of the goal")
+    parts += [f"{peer} failed: {reason}" for peer, reason in result.failed.items()]
+    return f"{result.case}: {', '.join(parts)}"
+
+
+def table(results: Iterable[Result]) -> Table:
+    """All figures but the single ratios."""
+    columns = ["case", "FA2 ms", "flex ms", "masked ms", "cuDNN ms", "ours ms", "FA2", "flex"]
+    columns += ["ours", "goal", "of goal", "bound", "of bound", "TFLOP/s", "predicted", "error"]
+    text = Table(
+        *columns,
+        box=None,
+        caption="Speedups are over cuDNN's dense attention; ! is a goal missed.",
+        padding=(0, 1),
+    )
+    for column in text.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    for result in results:
+        ms, gains = result.ms, result.speedups
+        missed = result.of_goal is not None and result.of_goal < NEAR_ENOUGH
+        text.add_row(
+            result.case,
+            *(_cell(ms.get(peer), ".2f") for peer in ("fa2", "flex", "cudnn-masked", "cudnn")),
+            _cell(ms.get(OURS), ".3f"),
+            *(_cell(gains.get(peer), ".2f") for peer in ("fa2", "flex", OURS)),
+            _cell(result.goal, ".2f"),
+            _cell(result.of_goal, ".1%") + (" !" if missed else ""),
+            _cell(result.bound, ".2f"),
+            _cell(gains[OURS] / result.bound if OURS in gains else None, ".0%"),
+            _cell(result.tflops.get(OURS), ".0f"),
+            _cell(result.predicted_ms, ".3f"),
+            _cell(result.prediction_error, "+.1%"),
+        )
+    return text
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

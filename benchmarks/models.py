@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import clear_caches
 
 import gna_compile
-from benchmarks import record
+from benchmarks import plots, record
 from gna_compile.policy import DEFAULT_PHASE
 from gna_compile.report.collect import collecting
 from gna_compile.report.rows import Row
@@ -246,17 +246,29 @@ def main(
     device = "cpu" if tiny else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU: --tiny runs on the CPU")
-    gpu = torch.cuda.get_device_name().split()[1].lower() if device == "cuda" else "cpu"
+    variant = "".join(
+        f"-{part}"
+        for part, is_told in (
+            ("regional", regional),
+            (mode, mode is not None),
+            (f"batch{batch}", batch != 1),
+            (dtype, dtype != "bf16"),
+        )
+        if is_told
+    )
     results: list[Result] = []
     for name in models or CASES:
         if name not in CASES:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(CASES)}")
         results.append(measure(name, layers, repeats, batch, dtype, regional, mode, tiny, device))
         console.print(summary(results[-1]), highlight=False)
-        variant = "-".join([gpu, *["regional"] * regional, *([mode] if mode else [])])
         if not tiny:
             # After every model, so that a run that is cut off leaves what it has.
-            record.save(f"models-{variant}", [asdict(result) for result in results])
+            file = f"models-{record.card()}{variant}"
+            path = record.update(file, "model", [asdict(result) for result in results], CASES)
+    if not tiny:
+        console.print(f"written to {path}")
+        plots.draw(path)
 
 
 def measure(
@@ -377,19 +389,26 @@ def build(
 ) -> tuple[nn.Module, Inputs]:
     """The model as `from_pretrained(torch_dtype=dtype)` makes it, but with random weights."""
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = case.model(layers, tiny).eval()
-            inputs = case.inputs(grid, text, batch, model)
-    finally:
-        torch.set_default_dtype(default)
+    with creating(dtype, device):
+        model = case.model(layers, tiny).eval()
+        inputs = case.inputs(grid, text, batch, model)
     in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
         if in_fp32 & set(name.split(".")):
             parameter.data = parameter.data.float()
     return model.requires_grad_(False), inputs
+
+
+@contextmanager
+def creating(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """New tensors are of this type, on this device."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def compile_blocks(model: Any, **kwargs: Any) -> None:

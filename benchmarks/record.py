@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,31 @@ def save(name: str, results: Any) -> Path:
     return path
 
 
+def update(name: str, key: str, results: list[dict[str, Any]], order: Iterable[str]) -> Path:
+    """As `save`, and keeps rows of the file that compare: same machine, versions and commit.
+
+    Args:
+        name: of the file.
+        key: what tells rows apart; earlier rows with the same value are replaced.
+        results: rows.
+        order: values of `key` as they are to come in the file.
+    """
+    path, told = RESULTS / f"{name}.json", {row[key] for row in results}
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    if earlier.get("environment") == environment():
+        results = results + [row for row in earlier["results"] if row[key] not in told]
+    places = list(order)
+    return save(name, sorted(results, key=lambda row: places.index(row[key])))
+
+
+def card() -> str:
+    """Short name of the GPU as file names have it, such as "h200"."""
+    return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
+
+
 def environment() -> dict[str, Any]:
     """Processor, versions and commit."""
-    packages = ("torch", "diffusers", "transformers", "timm", "gna-compile")
+    packages = ("torch", "triton", "diffusers", "transformers", "timm", "gna-compile")
     found: dict[str, Any] = {
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -35,6 +58,10 @@ def environment() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+        found["versions"] |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
     return found
 
 

@@ -557,12 +557,16 @@ def test_better_stride(
 
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-MEASURED = json.loads((RESULTS / "kernels-h200.json").read_text())["results"]
+MEASURED = [
+    result
+    for result in json.loads((RESULTS / "kernels-h200.json").read_text())["results"]
+    if "ours" in result["ms"]
+]
 
 
 @pytest.mark.parametrize("result", MEASURED, ids=[result["case"] for result in MEASURED])
 def test_times_are_near_those_of_the_hopper_kernel(result: dict[str, Any]) -> None:
     workload = CASES[result["case"]].workload
     merged = replace(workload, neighborhood=workload.neighborhood.merged)
-    off = plan(merged, "sm90").milliseconds / result["ours"]
-    assert off == pytest.approx(1, abs=0.2 if result["case"] == "cosmos-89-na" else 0.1)
+    off = plan(merged, "sm90").milliseconds / result["ms"]["ours"]
+    assert off == pytest.approx(1, abs=0.15 if result["case"] == "dense" else 0.1)

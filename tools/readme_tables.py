@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def models() -> str:
@@ -34,19 +35,105 @@ def models() -> str:
     return _table(rows)
 
 
-def hopper() -> str:
-    """Speedups of the Hopper kernel over cuDNN's dense attention."""
-    data = _results("kernels-h200.json")
-    rows = [["case", "FLOP bound", "cuDNN dense, ms", "ours, ms", "speedup", "of the bound"]]
-    for result in data["results"]:
-        speedup, bound = result["speedup"], result["bound"]
-        cells = [result["case"], f"{bound:.2f}×", f"{result['cudnn']:.1f}", f"{result['ours']:.2f}"]
-        rows.append([*cells, f"**{speedup:.2f}×**", f"{speedup / bound:.0%}"])
-    machine = data["machine"]
-    return (
-        f"{machine['card']}, torch {machine['torch']}, cuDNN {machine['cudnn']}, commit "
-        f"{machine['commit']}:\n\n{_table(rows)}"
-    )
+def kernels() -> str:
+    """For each card the Hopper kernel beside its peers, then the plots."""
+    head = ["case", "FLOP bound", "cuDNN dense, ms", "ours, ms", "FlashAttention-2, dense"]
+    head += ["FlexAttention", "ours", "of the bound", "useful TFLOP/s", "planner's error"]
+    parts = []
+    for path, data in _of_cards("kernels"):
+        rows, notes = [head], []
+        for result in data["results"]:
+            ms, gains = result["ms"], result["speedups"]
+            error, gain = result["prediction_error"], gains.get("ours")
+            cells = [result["case"], f"{result['bound']:.2f}×"]
+            cells += [f"{ms['cudnn']:.1f}" if "cudnn" in ms else "–"]
+            cells += [f"{ms['ours']:.2f}" if "ours" in ms else "–"]
+            cells += [f"{gains[peer]:.2f}×" if peer in gains else "–" for peer in ("fa2", "flex")]
+            cells += [f"**{gain:.2f}×**", f"{gain / result['bound']:.0%}"] if gain else ["–", "–"]
+            cells += [f"{result['tflops']['ours']:.0f}" if "ours" in ms else "–"]
+            rows.append([*cells, "–" if error is None else f"{error:+.0%}"])
+            if "cudnn-masked" in ms:
+                notes.append(
+                    f"With the mask of padded text, as Inductor runs it, cuDNN takes "
+                    f"{ms['cudnn-masked']:.0f} ms on `{result['case']}`."
+                )
+            notes += [
+                f"`{peer}` did not run on `{result['case']}`: {reason}"
+                for peer, reason in result["failed"].items()
+            ]
+        plots = _images(path, ("", "Useful TFLOP/s"), (".predictions", "Predicted and measured"))
+        parts += [f"{_about(data)}:", _table(_told(rows)), *notes, *plots]
+    return "\n\n".join(parts)
+
+
+def transformers() -> str:
+    """For each card whole transformers, dense and gna, then the plot."""
+    head = ["model", "tokens", "layers", "policy", "Inductor, ms", "gna, ms", "speedup", "bound"]
+    head += ["attention's share", "cold compile, s", "peak, GiB"]
+    parts = []
+    for path, data in _of_cards("models"):
+        rows, notes = [head], []
+        for _, variant in ((path, data), *_files(f"{path.stem}-*.json")):
+            if _about(variant) != _about(data):
+                names = ", ".join(_variant(variant["results"][0]))
+                notes.append(f"The rows with {names} are from {_about(variant)}.")
+            for result in variant["results"]:
+                dense, gna = result["dense"], result["gna"]
+                grid = "×".join(map(str, result["grid"]))
+                cells = [", ".join([result["model"], *_variant(result)])]
+                cells += [f"{grid} + {result['text']}", str(result["layers"]), result["policy"]]
+                cells += [f"{dense['ms']:.0f}", f"{gna['ms']:.0f}", f"**{result['speedup']:.2f}×**"]
+                cells += [f"{result['bound']:.2f}×"]
+                cells += [f"{dense['attention_share']:.0%} → {gna['attention_share']:.0%}"]
+                cells += [f"{dense['cold_s']:.0f} → {gna['cold_s']:.0f}"]
+                # What CUDA graphs hold is not counted.
+                peak = f"{dense['peak_gib']:.1f} → {gna['peak_gib']:.1f}"
+                rows.append([*cells, "–" if result["mode"] else peak])
+        plots = _images(path, ("", "Device time of a step"))
+        parts += [f"{_about(data)}:", _table(rows), *notes, *plots]
+    return "\n\n".join(parts)
+
+
+def _variant(result: dict[str, Any]) -> list[str]:
+    """In what a run differs from whole-model compilation of batch 1 in bf16."""
+    parts = ["block by block"] if result["regional"] else []
+    parts += [f"mode {result['mode']}"] if result["mode"] else []
+    parts += [f"batch {result['batch']}"] if result["batch"] != 1 else []
+    return parts + ([result["dtype"]] if result["dtype"] != "bf16" else [])
+
+
+def loops() -> str:
+    """For each card whole denoising loops."""
+    head = ["model", "policy", "steps", "of them dense", "Inductor, s", "gna, s", "speedup"]
+    head += ["the paper's whole runs, B200", "graphs compiled in the loop"]
+    parts = []
+    for _, data in _of_cards("denoising"):
+        rows = [head]
+        for result in data["results"]:
+            dense, gna = result["dense"], result["gna"]
+            cells = [f"{result['model']}, {result['layers']} layers", result["policy"]]
+            cells += [str(result["steps"]), str(gna["steps"].get("warmup", 0))]
+            cells += [f"{dense['seconds']:.1f}", f"{gna['seconds']:.1f}"]
+            cells += [f"**{result['speedup']:.2f}×**", f"{result['paper']:.2f}×"]
+            rows.append([*cells, str(sum(gna["compiled again"].values()))])
+        parts += [f"{_about(data)}:", _table(rows)]
+    return "\n\n".join(parts)
+
+
+def training() -> str:
+    """For each card forward and backward of the op beside dense attention's."""
+    columns = {"cudnn": "cuDNN dense, ms", "fa2": "FlashAttention-2 dense, ms"}
+    columns |= {"flex": "FlexAttention, ms", "sm90": "ours, ms"}
+    parts = []
+    for _, data in _of_cards("backward"):
+        rows = [["case", "FLOP bound", *columns.values(), "speedup"]]
+        for result in data["results"]:
+            ms, gain = result["ms"], result["speedups"].get("sm90")
+            times = [f"{ms[name]:.1f}" if name in ms else "–" for name in columns]
+            cells = [result["case"], f"{result['bound']:.2f}×", *times]
+            rows.append([*cells, f"**{gain:.2f}×**" if gain else "–"])
+        parts += [f"{_about(data)}:", _table(_told(rows))]
+    return "\n\n".join(parts)
 
 
 def cpu() -> str:
@@ -78,7 +165,15 @@ def overhead() -> str:
     return _table(rows)
 
 
-TABLES = {"models": models, "hopper": hopper, "cpu": cpu, "overhead": overhead}
+TABLES = {
+    "models": models,
+    "kernels": kernels,
+    "transformers": transformers,
+    "loops": loops,
+    "training": training,
+    "cpu": cpu,
+    "overhead": overhead,
+}
 
 
 def with_tables(readme: str) -> str:
@@ -94,7 +189,47 @@ def with_tables(readme: str) -> str:
 
 
 def _results(name: str) -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    return json.loads((RESULTS / name).read_text())
+
+
+def _files(pattern: str) -> list[tuple[Path, Any]]:
+    return [(path, _results(path.name)) for path in sorted(RESULTS.glob(pattern))]
+
+
+def _of_cards(benchmark: str) -> list[tuple[Path, Any]]:
+    """The files NAME-CARD.json, without the variants NAME-CARD-*.json."""
+    return [
+        (path, data)
+        for path, data in _files(f"{benchmark}-*.json")
+        if "-" not in path.stem.removeprefix(f"{benchmark}-")
+    ]
+
+
+def _about(data: Any) -> str:
+    environment = data["environment"]
+    versions = environment["versions"]
+    names = {"torch": "torch", "diffusers": "diffusers", "triton": "Triton", "cudnn": "cuDNN"}
+    told = {**versions}
+    if versions.get("cudnn"):  # a number such as 91900
+        told["cudnn"] = f"{versions['cudnn'] // 10000}.{versions['cudnn'] // 100 % 100}"
+    parts = [f"{label} {told[name]}" for name, label in names.items() if told.get(name)]
+    commit = environment["commit"][:7]
+    return ", ".join([environment["gpu"], *parts, *([f"commit {commit}"] if commit else [])])
+
+
+def _images(path: Path, *plots: tuple[str, str]) -> list[str]:
+    """The plots that were drawn of a result file: (what follows its name, title)."""
+    return [
+        f"![{title}]({image.relative_to(ROOT)})"
+        for suffix, title in plots
+        if (image := path.with_suffix(f"{suffix}.svg")).is_file()
+    ]
+
+
+def _told(rows: list[list[str]]) -> list[list[str]]:
+    """Without the columns that say nothing."""
+    told = [i for i in range(len(rows[0])) if any(row[i] != "–" for row in rows[1:])]
+    return [[row[i] for i in told] for row in rows]
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -56,8 +56,9 @@ struct Forward {
     init(shared.output_empty, 2, finish_warps);
     init(shared.statistics_full, 2, soften_warps / 2);
     init(shared.statistics_empty, 2, finish_warps);
+    init(&shared.values_full, 1, 1);
     init(&shared.clean_full, 1, finish_warps);
-    init(&shared.clean_empty, 1, soften_warps + 1);
+    init(&shared.clean_empty, 1, soften_warps);
     barrier_init_fence();
   }
 
@@ -206,8 +207,8 @@ struct Forward {
       if (started) {
         wait(shared.tiles_full + values.stage(), values.parity());
         if constexpr (careful) {
+          arrive(&shared.values_full);
           wait(&shared.clean_full, clean.parity());
-          arrive(&shared.clean_empty);
           clean.advance();
         }
         end_tile(flags, 0);
@@ -330,19 +331,17 @@ struct Forward {
           continue;
         }
         MaskWords words;
+        if constexpr (careful)
+          for (uint32_t& word : words.word) word = all_bits;
         const bool masked = find_mask(work, tile, half, row, words);
         wait(shared.scores_full + half, step.parity());
         step.advance();
         after_barrier();
         if constexpr (careful) {
-          if (!masked)
-            for (uint32_t& word : words.word) word = all_bits;
           wait(&shared.clean_full, clean.parity());
           clean.advance();
-          if (fresh) {
-            wait(shared.output_empty + half, item.parity() ^ 1);
-            after_barrier();
-          }
+          if (fresh) wait(shared.output_empty + half, item.parity() ^ 1);
+          after_barrier();
           add_non_finite<head_dim>(in_output, fresh, shared.non_finite, words);
           __syncwarp();
           release(&shared.clean_empty);
@@ -464,7 +463,7 @@ struct Forward {
       Place<Shape::records> record{tiles};
       const Place<stages> values{2 * tiles + 1};
       ended = take_record(record).flags & last_tile;
-      wait(shared.tiles_full + values.stage(), values.parity());
+      wait(&shared.values_full, tiles & 1);
       wait(&shared.clean_empty, ~tiles & 1);
       take_out_non_finite<Element, head_dim>(shared.tiles[values.stage()], threadIdx.x % 128,
                                              shared.non_finite);

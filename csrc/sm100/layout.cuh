@@ -69,7 +69,9 @@ struct alignas(1024) Shared {
   uint64_t weights_full[2], last_weights_full[2];  // three quarters of them, the rest
   uint64_t output_full[2], output_empty[2];
   uint64_t statistics_full[2], statistics_empty[2];
-  // Only for computing carefully.
+  // Only for computing carefully. Who multiplies passes on that values are there: a stage of three has
+  // keys and values by turns, and phases of a barrier that nobody has waited for cannot be told apart.
+  uint64_t values_full;
   uint64_t clean_full, clean_empty;
 
   alignas(16) KeyRecord key_records[records];

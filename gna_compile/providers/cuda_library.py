@@ -67,11 +67,13 @@ class Library:
     """The functions of one architecture's library.
 
     Attributes:
+        path: of its file.
         declines: (batch, heads, tokens, tensor) -> why the kernel cannot read it, or None.
         forward: (problem, query, key, value, output, logsumexp, stream) -> 0 or an error's number.
         message: what went wrong in this thread's last call of `forward` that failed.
     """
 
+    path: str
     declines: Callable[..., bytes | None]
     forward: Callable[..., int]
     message: Callable[[], bytes]
@@ -96,4 +98,4 @@ def library(name: str) -> Library | None:
     forward.restype = c_int32
     message.argtypes = []
     message.restype = c_char_p
-    return Library(declines, forward, message)
+    return Library(str(built[0]), declines, forward, message)

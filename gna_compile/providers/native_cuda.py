@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gna_compile.planner import PlanError, plan
-from gna_compile.providers import planned
+from gna_compile.providers import first_use, planned
 from gna_compile.providers.cuda_library import (
     BF16,
     FP16,
@@ -51,7 +51,8 @@ class NativeCuda:
     def supports(self, problem: Problem) -> str | None:
         if problem.device != "cuda":
             return f"runs on cuda, not {problem.device}"
-        if library(self.name) is None:
+        loaded = library(self.name)
+        if loaded is None:
             return "the CUDA kernel was not built"
         capability = current_capability()
         if capability == (0, 0):
@@ -59,7 +60,9 @@ class NativeCuda:
         if capability not in self._capabilities:
             needed = " or ".join(f"{major}.{minor}" for major, minor in self._capabilities)
             return f"needs compute capability {needed}, not {capability[0]}.{capability[1]}"
-        return self.declines(problem)
+        return self.declines(problem) or first_use.failure(
+            self.name, loaded.path, torch.cuda.current_device()
+        )
 
     def declines(self, problem: Problem) -> str | None:
         """Why no device could run `problem` with this kernel, or None if one could."""

@@ -434,10 +434,10 @@ MUTATIONS = [
         "          place_of_rows(problem, work, (half ^ 1) * half_rows, at);\n          store_box",
     ),
     _sm100(
-        "the thread that multiplies may miss that values are clean",
+        "values are cleaned before they are there",
         FORWARD,
-        "init(&shared.clean_empty, 1, soften_warps + 1);",
-        "init(&shared.clean_empty, 1, soften_warps);",
+        "      wait(&shared.values_full, tiles & 1);\n",
+        "",
         problem="careful",
     ),
     _sm100(

@@ -1,0 +1,137 @@
+"""The first use of a native kernel on a model of GPU that it has not been proven on.
+
+A process of its own runs small problems through the kernel and compares them with the portable
+provider: a kernel that hangs or corrupts its context takes that process along and no other. What
+came of it is kept on disk, by GPU model, driver and the kernel's library, so it costs a few seconds
+once. `GNA_FIRST_USE_CHECK=0` in the environment turns it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SWITCH = "GNA_FIRST_USE_CHECK"
+CACHE = "GNA_CACHE_DIR"
+TIMEOUT = 120.0  # seconds, most of them for importing torch and starting CUDA
+
+PROVEN = {"sm90": frozenset({"NVIDIA H100 80GB HBM3", "NVIDIA H200"})}
+"""By provider, the GPU models on which its whole test suite has passed."""
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_TOLERANCE = 0.02  # ||error|| / ||expected||; bf16 rounds to 0.004
+
+
+@cache
+def failure(provider: str, library: str, device: int) -> str | None:
+    """Why the kernels of `library` must not be used on this CUDA device, or None if they may.
+
+    Args:
+        provider: name of the provider that launches them.
+        library: path of the shared library that they are in.
+        device: index of the CUDA device.
+    """
+    card = torch.cuda.get_device_name(device)
+    if card in PROVEN.get(provider, frozenset()) or os.environ.get(SWITCH) == "0":
+        return None
+    known = _cache() / f"first-use-{provider}-{_key(card, Path(library))}.json"
+    try:
+        found: str | None = json.loads(known.read_text())["failure"]
+    except (OSError, ValueError, KeyError):
+        found = run([sys.executable, "-m", __name__, provider, str(device)], TIMEOUT)
+        _keep(known, card, found)
+    if found is None:
+        return None
+    reason = f"its check on {card} failed: {found} (kept in {known}; delete it to check again)"
+    warnings.warn(f"gna-compile does not use {provider} here: {reason}", stacklevel=2)
+    return reason
+
+
+def run(command: Sequence[str], timeout: float) -> str | None:
+    """Runs the check in a process of its own: what went wrong, or None."""
+    environment = {**os.environ, SWITCH: "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+    except OSError as error:
+        return f"it could not be started ({error})"
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        # Not waited for: a process that the driver holds on to does not die.
+        return f"no result within {timeout:g} s"
+    if process.returncode == 0:
+        return None
+    lines = printed.strip().splitlines()
+    return lines[-1] if lines else f"exit code {process.returncode}"
+
+
+def check(provider: str, device: str) -> str | None:
+    """Runs small problems through each of a provider's kernels: what is wrong, or None."""
+    from gna_compile.ops import neighborhood_attention
+
+    generator = torch.Generator().manual_seed(0)
+    geometry = {"grid": (9, 30), "window": (5, 11), "stride": (1, 3), "prefix": 7}
+    tokens = 9 * 30 + 7
+    key_mask = (torch.arange(7) != 2)[None].to(device)
+    for head_dim in (64, 128):
+        for dtype in (torch.bfloat16, torch.float16):
+            inputs = [
+                torch.randn(1, 2, tokens, head_dim, generator=generator).to(device, dtype)
+                for _ in range(3)
+            ]
+            for x in inputs[1:]:
+                x[:, :, 2] = torch.nan  # hidden by the mask
+            options = {**geometry, "key_mask": key_mask, "return_logsumexp": True}
+            actual = neighborhood_attention(*inputs, **options, provider=provider)  # type: ignore[arg-type]
+            exact = [x.float() for x in inputs]
+            wanted = neighborhood_attention(*exact, **options, provider="portable")  # type: ignore[arg-type]
+            for name, a, b in zip(("output", "logsumexp"), actual, wanted, strict=True):
+                error = float((a.float() - b).norm() / b.norm())
+                if not error < _TOLERANCE:
+                    return f"{name} of {dtype}, head size {head_dim}: relative error {error:.3g}"
+    return None
+
+
+def _key(card: str, library: Path) -> str:
+    digest = hashlib.sha256(library.read_bytes())
+    driver = _DRIVER.read_text() if _DRIVER.exists() else ""
+    for part in (card, driver):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _cache() -> Path:
+    if os.environ.get(CACHE):
+        return Path(os.environ[CACHE])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gna-compile"
+
+
+def _keep(path: Path, card: str, found: str | None) -> None:
+    """Best effort: without a place to write, the next process checks again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({"card": card, "failure": found}, file)
+        Path(file.name).replace(path)
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    problem = check(sys.argv[1], f"cuda:{sys.argv[2]}")
+    if problem is not None:
+        sys.exit(problem)
