@@ -199,7 +199,7 @@ def random_attention(seed: int, name: str) -> Attention:
         batch=rng.choice([1, 1, 2]),
         heads=kv_heads * rng.choice([1, 1, 2]),
         kv_heads=kv_heads,
-        head_dim=rng.choice([64, 128]),
+        head_dim=rng.choice([64, 64, 128, 128, 8 * rng.randint(1, 15)]),
         dtype=rng.choice(list(TOLERANCE)),
         prefix=prefix,
         suffix=suffix,
