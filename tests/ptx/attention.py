@@ -49,6 +49,7 @@ class Attention:
     masks_keys: bool = False
     scale: float | None = None
     seed: int = 0
+    layout: str = "BSHD"
     poison: dict[str, list[tuple[tuple[int, ...], float]]] = field(default_factory=dict)
 
     @property
@@ -60,15 +61,18 @@ class Attention:
     def tokens(self) -> int:
         return self.prefix + math.prod(axis[0] for axis in self.axes) + self.suffix
 
+    def _empty(self, heads: int) -> tuple[Tensor, Tensor]:
+        """NaN in this problem's layout, and in it the [B, H, N, D] that are to be used."""
+        sizes = {"B": self.batch, "S": self.tokens + 2, "H": heads, "D": self.head_dim}
+        whole = torch.full([sizes[d] for d in self.layout], torch.nan, dtype=self.dtype)
+        return whole, whole.permute(*[self.layout.index(d) for d in "BHSD"])[:, :, 1:-1]
+
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """query, key, value and the mask of global keys; inputs lie between NaN."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def tensor(name: str, heads: int) -> Tensor:
-            whole = torch.full(
-                (self.batch, self.tokens + 2, heads, self.head_dim), torch.nan, dtype=self.dtype
-            )
-            inner = whole[:, 1:-1].transpose(1, 2)
+            _, inner = self._empty(heads)
             inner.copy_(torch.randn(inner.shape, generator=generator))
             for place, value in self.poison.get(name, []):
                 inner[place] = value
@@ -91,7 +95,7 @@ class Attention:
         """
         functions = library(name).functions
         query, key, value, key_mask = self.inputs()
-        output = torch.full_like(query, torch.nan)
+        around, output = self._empty(self.heads)
         logsumexp = torch.full((self.batch, self.heads, self.tokens), torch.nan)
         interpreter.configure(schedule, multiprocessors, ARCHITECTURES[name][1])
         for tensor in (query, key, value):
@@ -119,7 +123,10 @@ class Attention:
         if forward(native, *map(ctypes.byref, views), logsumexp.data_ptr(), None) != 0:
             text = getattr(functions, f"gna_{name}_message")().decode()
             raise interpreter.PtxError(text)
-        return output, logsumexp, interpreter.counts()
+        result = output.clone()
+        output.fill_(torch.nan)
+        assert around.isnan().all(), "something was stored outside the output"
+        return result, logsumexp, interpreter.counts()
 
     def expected(self) -> tuple[Tensor, Tensor]:
         query, key, value, key_mask = self.inputs()
@@ -192,11 +199,12 @@ def random_attention(seed: int, name: str) -> Attention:
         batch=rng.choice([1, 1, 2]),
         heads=kv_heads * rng.choice([1, 1, 2]),
         kv_heads=kv_heads,
-        head_dim=rng.choice([64, 128]),
+        head_dim=rng.choice([64, 64, 128, 128, 8 * rng.randint(1, 15)]),
         dtype=rng.choice(list(TOLERANCE)),
         prefix=prefix,
         suffix=suffix,
         masks_keys=rng.random() < 0.4,
         scale=rng.choice([None, None, 0.3, 1.0]),
         seed=seed,
+        layout=rng.choice(["BSHD", "BHSD", "SBHD"]),
     )

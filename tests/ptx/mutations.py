@@ -1,11 +1,12 @@
 """Bugs to plant in the kernels: each must be caught. README.md says how they are caught.
 
 A mutation is an edit of the CUDA source. The edited kernel is compiled to PTX and takes the place of the
-true one, the host code staying as it is.
+true one, the host code staying as it is. `python -m ptx.mutations` prints README.md's table.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import tempfile
@@ -491,3 +492,27 @@ def caught(mutation: Mutation, schedules: int = 24) -> str | None:
     finally:
         loaded.replace_text(kernel, original)
     return None
+
+
+def _in_brief(how: str) -> str:
+    """An error without its numbers and operands."""
+    if "wrong result" in how:
+        return "wrong result"
+    text = how.split(": launching the kernel: ")[-1]
+    text = re.sub(r"^warp \d+, line \d+, (@ ?!? ?%\w+ )?([\w.:]+).*?: (?=[a-z%])", r"`\2` ", text)
+    text = re.sub(r"^what line \d+, ([\w.:]+).*has started: ", r"`\1` ", text)
+    text = re.sub(r"^thread \d+ ", "a thread ", text)
+    text = re.sub(r"%\w+", "a register", text)
+    text = re.sub(r" \(line \d+\)| of warp \d+| at \d+| \(a wait, fences, a barrier\)", "", text)
+    return re.sub(r"(byte|lane|column|line|thread|warp) \d+", r"a \1", text)
+
+
+def main() -> None:
+    print("| kernel | bug | found as |\n|---|---|---|")
+    for mutation in MUTATIONS:
+        how = caught(mutation)
+        print(f"| {mutation.kernel} | {mutation.bug} | {_in_brief(how) if how else 'NOT CAUGHT'} |")
+
+
+if __name__ == "__main__":
+    main()
