@@ -154,9 +154,9 @@ def doctor() -> None:
     import torch
 
     import gna_compile.ops  # noqa: F401 - registers the op
-    from gna_compile.providers import PROVIDERS
+    from gna_compile.providers import PROVIDERS, first_use
     from gna_compile.providers.cpu import instruction_sets
-    from gna_compile.providers.sm90_library import library
+    from gna_compile.providers.cuda_library import library
 
     supported = (2, 11) <= tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
     console.print(
@@ -172,8 +172,12 @@ def doctor() -> None:
         console.print("no CUDA device")
     isas = ", ".join(instruction_sets())
     console.print(f"CPU kernel: {isas or 'not built; install g++ or clang++ and reinstall'}")
-    built = library() is not None
-    console.print(f"CUDA kernels: {'sm_90a' if built else 'not built; reinstall with GNA_CUDA=1'}")
+    built = ", ".join(name for name in ("sm90", "sm100") if library(name) is not None)
+    console.print(f"CUDA kernels: {built or 'not built; reinstall with GNA_CUDA=1'}")
+    for name in ("sm90", "sm100"):
+        cards = ", ".join(sorted(first_use.PROVEN.get(name, ())))
+        where = f"proven on {cards}" if cards else "executed by the PTX interpreter, on no GPU yet"
+        console.print(f"  {name}: {where}; its first use on another GPU model is checked")
     for provider in PROVIDERS:
         for device in sorted(provider.fast_on):
             reason = provider.supports(_probe(device))

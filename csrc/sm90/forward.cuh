@@ -17,30 +17,6 @@
 
 namespace gna::sm90 {
 
-// The launches whose output is in doubt, and how many blocks have done it again. A slot is shared by
-// every 4096th launch, which do not run at the same time.
-constexpr uint32_t redo_slots = 4096;
-static __device__ uint32_t must_redo[redo_slots];
-static __device__ uint32_t blocks_done[redo_slots];
-
-// Barriers of a ring of buffers: `full` when filled, `empty` when all its readers have released it.
-struct Ring {
-  uint64_t* full;
-  uint64_t* empty;
-};
-
-// A count of buffers used so far of a ring of `stages`, a power of two.
-template <int stages>
-struct Place {
-  uint32_t count = 0;
-
-  static_assert((stages & (stages - 1)) == 0);
-  __device__ __forceinline__ int stage() const { return static_cast<int>(count % stages); }
-  __device__ __forceinline__ uint32_t parity() const { return count / stages & 1; }
-  __device__ __forceinline__ void advance() { ++count; }
-  __device__ __forceinline__ Place next() const { return {count + 1}; }
-};
-
 template <typename Element, int head_dim>
 struct Forward {
   using Shape = Layout<head_dim>;
@@ -87,147 +63,15 @@ struct Forward {
     barrier_init_fence();
   }
 
-  // This warp is done with a buffer.
-  __device__ __forceinline__ static void release(uint64_t* empty) {
-    if (threadIdx.x % 32 == 0) arrive(empty);
-  }
-
-  // Planning --------------------------------------------------------------------------------------
-
-  // One warp. The query tiles of global tokens, which are the longest, of all heads come first; then
-  // it goes head by head, so that keys stay in the cache.
-  __device__ __forceinline__ void plan() const {
-    const int globals = global_query_tiles(problem);
-    const int grids = grid_query_tiles(problem);
-    const int heads = parameters.batch * parameters.heads;
-    Place<slots> slot;
-    for (int index = blockIdx.x; index < (globals + grids) * heads; index += gridDim.x) {
-      const bool global = index < globals * heads;
-      const int place = global ? index : index - globals * heads;
-      const int head = place / (global ? globals : grids);
-      const int tile = place - head * (global ? globals : grids) + (global ? 0 : globals);
-      wait(works.empty + slot.stage(), slot.parity() ^ 1);
-      if (!plan_tile(work_records[slot.stage()], head, tile)) continue;
-      if (threadIdx.x % 32 == 0) arrive(works.full + slot.stage());
-      slot.advance();
-    }
-    wait(works.empty + slot.stage(), slot.parity() ^ 1);
-    if (threadIdx.x % 32 == 0) {
-      work_records[slot.stage()].done = true;
-      arrive(works.full + slot.stage());
-    }
-  }
-
-  // One warp; false if the tile is empty.
-  __device__ __forceinline__ bool plan_tile(WorkRecord& work, int head, int index) const {
-    const int lane = threadIdx.x % 32;
-    QueryTile& tile = work.tile;
-    const int globals = global_query_tiles(problem);
-    const int in_prefix = tiles_of(problem.prefix, log2_tile);
-    const bool of_grid = index >= globals;
-    if (lane == 0) {
-      work.batch = head / parameters.heads;
-      work.head = head % parameters.heads;
-      work.done = false;
-      tile.part = of_grid ? grid_part : index < in_prefix ? prefix_part : suffix_part;
-      tile.first = (index < in_prefix ? index : index - in_prefix) << log2_tile;
-    }
-    // One axis a lane.
-    bool empty = false;
-    if (lane < max_axes) {
-      tile.axes[lane] = of_grid ? query_axis(problem, lane, place_along(problem, lane, index - globals))
-                                : whole_axis(problem, lane);
-      empty = tile.axes[lane].queries.begin >= tile.axes[lane].queries.end;
-    }
-    __syncwarp();
-    if (__any_sync(full_warp, empty)) return false;
-    // One axis of one half a lane.
-    bool sees_any = true;
-    if (lane < 2 * max_axes) {
-      const int half = lane / max_axes, a = lane % max_axes;
-      const RowsAxis rows = rows_axis(problem, tile, a, half * half_rows, log2_half);
-      work.halves[half][a] = rows;
-      sees_any = rows.sees.begin < rows.sees.end;
-    }
-    const uint32_t blind = ~__ballot_sync(full_warp, sees_any);
-    if (lane < 2) work.has_rows[lane] = (blind >> (max_axes * lane) & 7) == 0;
-    int start = 0;
-#pragma unroll 1
-    for (int a = 0; a < max_axes; ++a) {
-      const int extent = 1 << problem.axes[a].log2_query;
-      const QueryAxis& axis = tile.axes[a];
-#pragma unroll 1
-      for (int at = lane; at < extent; at += 32) {
-        // A row outside the grid is computed like the last one inside, and not stored.
-        const int query = smaller(axis.queries.begin + at, axis.axis.length - 1);
-        work.sees[start + at] = of_grid ? keys_of(axis.axis, query) : axis.keys;
-      }
-      start += extent;
-    }
-    __syncwarp();
-    return true;
-  }
-
   // Loading ---------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void load_tile(const CUtensorMap& map, int plane, uint64_t* full,
-                                            uint8_t* to, int w, int h, int t) const {
-    arrive_expecting(full, tile_bytes);
-#pragma unroll
-    for (int box = 0; box < boxes; ++box)
-      load_box(map, full, to + box * box_bytes, box * box_columns, w, h, t, plane);
-  }
-
-  __device__ __forceinline__ static int plane_of(const Maps& maps, int batch, int head) {
-    return maps.planes.per_batch * batch + maps.planes.per_head * head;
-  }
-
-  // The coordinate in the grid of a position in the dilation group.
-  __device__ __forceinline__ static int token_of(const QueryAxis& axis, int position) {
-    return axis.group + axis.step * position;
-  }
-
   __device__ __forceinline__ void load_query(const WorkRecord& work) const {
-    const QueryTile& tile = work.tile;
-    int at[max_axes] = {0, 0, tile.first};
-    if (tile.part == grid_part)
-      for (int a = 0; a < max_axes; ++a)
-        at[a] = token_of(tile.axes[a], tile.axes[a].queries.begin);
-    load_tile(parameters.query.of_part[tile.part],
-              plane_of(parameters.query, work.batch, work.head), queries.full,
-              shared + Shape::query, at[2], at[1], at[0]);
-  }
-
-  __device__ __forceinline__ void load_keys(const Maps& maps, const WorkRecord& work,
-                                            const KeyTile& tile, uint64_t* full,
-                                            uint8_t* to) const {
-    const int plane = plane_of(maps, work.batch, work.head / parameters.heads_per_kv_head);
-    if (tile.part != grid_part) {
-      load_tile(maps.of_part[tile.part], plane, full, to, tile.at[2], 0, 0);
-      return;
-    }
-    const QueryTile& query = work.tile;
-    load_tile(query.part == grid_part ? maps.of_part[grid_part] : maps.undilated, plane, full, to,
-              token_of(query.axes[2], tile.at[2]), token_of(query.axes[1], tile.at[1]),
-              token_of(query.axes[0], tile.at[0]));
-  }
-
-  // The flags of a key tile but for last_tile. Lane 4 h + a has axis a of half h of the rows.
-  __device__ __forceinline__ uint32_t judge(const WorkRecord& work, const RowsAxis& rows,
-                                            int log2_extent, const KeyTile& tile) const {
-    if (tile.part != grid_part) {
-      const bool masked = parameters.key_mask != nullptr ||
-                          tile.at[2] + tile_rows > part_tokens(problem, tile.part);
-      return (masked ? globals_masked : 0) | (work.has_rows[0] ? 0 : skipped) |
-             (work.has_rows[1] ? 0 : skipped << half_bits) |
-             static_cast<uint32_t>(tile.part) << part_shift;
-    }
-    const int axis = threadIdx.x % 4;
-    const int at = axis == 0 ? tile.at[0] : axis == 1 ? tile.at[1] : tile.at[2];
-    const uint32_t missed = ~__ballot_sync(full_warp, meets(rows, at, log2_extent));
-    const uint32_t masked = ~__ballot_sync(full_warp, is_interior(rows, at, log2_extent));
-    return (masked & (axes_masked | axes_masked << half_bits)) | (missed & axes_masked ? skipped : 0) |
-           (missed >> half_bits & axes_masked ? skipped << half_bits : 0);
+    int at[max_axes];
+    place_of_rows(problem, work, 0, at);
+    arrive_expecting(queries.full, tile_bytes);
+    load_tile<boxes, tile_bytes>(parameters.query.of_part[work.tile.part],
+                                 plane_of(parameters.query, work.batch, work.head), queries.full,
+                                 shared + Shape::query, at[2], at[1], at[0]);
   }
 
   // One warp each; its first lane talks to the copy engine.
@@ -248,14 +92,14 @@ struct Forward {
       const RowsAxis rows = work.halves[lane / 4 % 2][axis];
       for (KeyWalk walk(work.tile); !walk.done; key.advance()) {
         const KeyTile tile = walk.tile;
-        uint32_t flags = judge(work, rows, log2_extent, tile);
+        uint32_t flags = judge(parameters, work, rows, log2_extent, tile);
         walk.next(problem, work.tile);
         if (walk.done) flags |= last_tile;
         wait(keys.empty + key.stage(), key.parity() ^ 1);
         if (leads) {
           key_records[key.stage()] = {{tile.at[0], tile.at[1], tile.at[2]}, flags};
-          load_keys(parameters.key, work, tile, keys.full + key.stage(),
-                    shared + Shape::key + key.stage() * tile_bytes);
+          load_keys<boxes>(parameters, parameters.key, work, tile, keys.full + key.stage(),
+                           shared + Shape::key + key.stage() * tile_bytes);
         }
       }
       __syncwarp();
@@ -273,8 +117,8 @@ struct Forward {
       for (KeyWalk walk(work.tile); !walk.done; walk.next(problem, work.tile), value.advance()) {
         wait(values.empty + value.stage(), value.parity() ^ 1);
         if (leads)
-          load_keys(parameters.value, work, walk.tile, values.full + value.stage(),
-                    shared + Shape::value + value.stage() * tile_bytes);
+          load_keys<boxes>(parameters, parameters.value, work, walk.tile, values.full + value.stage(),
+                           shared + Shape::value + value.stage() * tile_bytes);
       }
       __syncwarp();
       release(works.empty + slot.stage());
@@ -284,7 +128,7 @@ struct Forward {
   __device__ __forceinline__ void plan_and_load() const {
     switch (uniform(threadIdx.x / 32)) {
       case 0:
-        plan();
+        plan<slots>(parameters, work_records, works);
         break;
       case 1:
         load_queries_and_keys();
@@ -596,7 +440,7 @@ struct Forward {
 #pragma unroll
     for (int i = 0; i < head_dim / 2; ++i) zero[i / 2 % 2] += 0.0f * output[i];
     if ((zero[0] != 0.0f && sums[0] == sums[0]) || (zero[1] != 0.0f && sums[1] == sums[1]))
-      must_redo[parameters.launch % redo_slots] = parameters.launch;
+      demand_redo(parameters);
     const float inverse[2] = {sums[0] == 0.0f ? 0.0f : __fdividef(1.0f, sums[0]),
                               sums[1] == 0.0f ? 0.0f : __fdividef(1.0f, sums[1])};
     scale_rows(output, inverse);
@@ -618,15 +462,11 @@ struct Forward {
     fence_shared_for_copies();
     named_sync<128>(3 + half);
     if (thread == 0) {
-      const QueryTile& tile = work.tile;
-      int at[max_axes] = {0, 0, tile.first + half * half_rows};
-      if (tile.part == grid_part)
-        for (int a = 0; a < max_axes; ++a)
-          at[a] = token_of(tile.axes[a], tile.axes[a].queries.begin +
-                                             row_coordinate(problem, half * half_rows, a));
+      int at[max_axes];
+      place_of_rows(problem, work, half * half_rows, at);
 #pragma unroll
       for (int box = 0; box < boxes; ++box)
-        store_box(parameters.output.of_part[tile.part], own + box * half_rows * row_bytes,
+        store_box(parameters.output.of_part[work.tile.part], own + box * half_rows * row_bytes,
                   box * box_columns, at[2], at[1], at[0],
                   plane_of(parameters.output, work.batch, work.head));
       commit_stores();
@@ -634,37 +474,8 @@ struct Forward {
     // After the fence, which waits for stores to global memory too.
     const bool second = lane % 4 == 1;
     if (lane % 4 < 2)
-      store_logsumexp(second ? rows.offset[1] : rows.offset[0], second ? sums[1] : sums[0], work,
-                      row + (second ? 8 : 0));
-  }
-
-  __device__ __forceinline__ void store_logsumexp(float offset, float sum, const WorkRecord& work,
-                                                  int row) const {
-    const QueryTile& tile = work.tile;
-    const int grid_tokens =
-        problem.axes[0].length * problem.axes[1].length * problem.axes[2].length;
-    bool inside = true;
-    int token = 0;
-    if (tile.part == grid_part) {
-#pragma unroll
-      for (int a = 0; a < max_axes; ++a) {
-        const QueryAxis& axis = tile.axes[a];
-        const int position = axis.queries.begin + row_coordinate(problem, row, a);
-        inside &= position < axis.axis.length;
-        token = token * problem.axes[a].length + token_of(axis, position);
-      }
-      token += problem.prefix;
-    } else {
-      token = tile.first + row;
-      inside = token < part_tokens(problem, tile.part);
-      token += tile.part == suffix_part ? problem.prefix + grid_tokens : 0;
-    }
-    if (!inside) return;
-    constexpr float log_2 = 0.6931471805599453f;
-    const int64_t tokens = static_cast<int64_t>(problem.prefix) + grid_tokens + problem.suffix;
-    const int64_t head = static_cast<int64_t>(work.batch) * parameters.heads + work.head;
-    parameters.logsumexp[head * tokens + token] =
-        sum == 0.0f ? -infinity : (offset + __log2f(sum)) * log_2;
+      store_logsumexp(parameters, work, row + (second ? 8 : 0),
+                      second ? rows.offset[1] : rows.offset[0], second ? sums[1] : sums[0]);
   }
 };
 
@@ -697,15 +508,9 @@ __global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Pa
 template <typename Element, int head_dim>
 __global__ void __launch_bounds__(threads, 1)
     forward_carefully(const __grid_constant__ Parameters parameters) {
-  volatile uint32_t& redo = must_redo[parameters.launch % redo_slots];
-  if (redo != parameters.launch) return;
+  if (!redo_is_demanded(parameters)) return;
   run<Element, head_dim, true>(parameters);
-  // The last block leaves the slot as it was, for a launch that a CUDA graph repeats.
-  __syncthreads();
-  if (threadIdx.x == 0 && atomicAdd(&blocks_done[parameters.launch % redo_slots], 1u) + 1 == gridDim.x) {
-    blocks_done[parameters.launch % redo_slots] = 0;
-    redo = 0;
-  }
+  end_redo(parameters);
 }
 
 }  // namespace gna::sm90

@@ -1,23 +1,13 @@
-// The host's side of the kernel: checks a problem, describes its tensors to the copy engine, launches.
-#include <cuda.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <mutex>
-#include <string>
-
+// The Hopper kernels behind their C interface.
+#include "gna/cuda/host.h"
 #include "gna_sm90.h"
-#include "parameters.cuh"
 
 namespace gna::sm90 {
 
-#define GNA_SM90_KERNEL(name)                                                                 \
-  cudaError_t prepare_##name();                                                               \
+using namespace gna::cuda;
+
+#define GNA_SM90_KERNEL(name)   \
+  cudaError_t prepare_##name(); \
   cudaError_t launch_##name(const Parameters& parameters, int blocks, cudaStream_t stream);
 GNA_SM90_KERNEL(bf16_64)
 GNA_SM90_KERNEL(bf16_128)
@@ -27,347 +17,28 @@ GNA_SM90_KERNEL(fp16_128)
 
 namespace {
 
-constexpr int64_t element_bytes = 2;
-constexpr int64_t stride_unit = 16 / element_bytes;  // elements; what the copy engine asks for
-constexpr int max_element_stride = 8;
-constexpr int max_box = 256;
-
-thread_local std::string message;
-
-int32_t fail(int32_t code, std::string text) {
-  message = std::move(text);
-  return code;
-}
-
-int32_t fail(cudaError_t error, const char* doing) {
-  return fail(error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver ? GNA_SM90_DRIVER
-                                                                                 : GNA_SM90_LAUNCH,
-              std::string(doing) + ": " + cudaGetErrorString(error));
-}
-
-// Tensor maps -------------------------------------------------------------------------------------
-
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                            CUtensorMapFloatOOBfill);
-
-// The driver's function, looked up at run time so that nothing links with the driver; null without.
-Encode encode_function() {
-  static const Encode found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<Encode>(function)
-               : nullptr;
-  }();
-  return found;
-}
-
-// Heads and batch entries share the last dimension of a map, whose step is the smaller of their
-// strides; a stride of zero (an expanded tensor) needs no step.
-struct PlaneLayout {
-  int64_t step = 0, count = 1;
-  Planes planes{0, 0};
-};
-
-const char* plane_layout(int64_t batch, int64_t heads, const gna_sm90_tensor& tensor,
-                         PlaneLayout& layout) {
-  const int64_t by_head = heads == 1 ? 0 : tensor.head_stride;
-  const int64_t by_batch = batch == 1 ? 0 : tensor.batch_stride;
-  if (by_head < 0 || by_batch < 0 || tensor.token_stride < 0) return "negative strides";
-  layout.step = by_head == 0 ? by_batch : by_batch == 0 ? by_head : std::min(by_head, by_batch);
-  if (layout.step == 0) return nullptr;
-  if (by_head % layout.step != 0 || by_batch % layout.step != 0)
-    return "neither the batch nor the head stride is a multiple of the other";
-  const int64_t per_head = by_head / layout.step, per_batch = by_batch / layout.step;
-  layout.count = per_head * (heads - 1) + per_batch * (batch - 1) + 1;
-  if (layout.count > INT32_MAX) return "more than 2^31 planes";
-  layout.planes = {static_cast<int32_t>(per_head), static_cast<int32_t>(per_batch)};
-  return nullptr;
-}
-
-// Columns, three axes of tokens (last axis first), planes; strides in elements.
-struct View {
-  uint8_t* base;
-  std::array<int64_t, 3> lengths, strides;
-  std::array<int32_t, 3> extents, dilations;
-};
-
-struct MapMaker {
-  CUtensorMapDataType type;
-  int32_t head_dim;
-  PlaneLayout layout;
-
-  CUresult operator()(CUtensorMap& map, const View& view) const {
-    cuuint64_t sizes[5] = {static_cast<cuuint64_t>(head_dim)};
-    cuuint64_t strides[4];
-    cuuint32_t box[5] = {box_columns};
-    cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-    for (int a = 0; a < 3; ++a) {
-      sizes[a + 1] = view.lengths[a];
-      strides[a] = view.strides[a] * element_bytes;
-      // A box of one token needs no step between tokens.
-      steps[a + 1] = view.extents[a] == 1 ? 1 : view.dilations[a];
-      box[a + 1] = view.extents[a] * steps[a + 1];
-    }
-    sizes[4] = layout.count;
-    // A dimension of one plane still wants a legal stride.
-    strides[3] = layout.step == 0 ? strides[2] : layout.step * element_bytes;
-    box[4] = 1;
-    return encode_function()(&map, type, 5, view.base, sizes, strides, box, steps,
-                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  }
-};
-
-// log2 of the tokens of a box along each axis.
-using BoxShape = std::array<int32_t, 3>;
-
-// The maps of one tensor, for boxes of this shape and runs of `rows` global tokens.
-int32_t make_maps(const gna_sm90_problem& plain, const Problem& problem,
-                  const gna_sm90_tensor& tensor, int32_t heads, const BoxShape& shape, int32_t rows,
-                  Maps& maps) {
-  MapMaker make{plain.type == GNA_SM90_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                plain.head_dim,
-                {}};
-  if (const char* reason = plane_layout(plain.batch, heads, tensor, make.layout))
-    return fail(GNA_SM90_BAD_ARGUMENT, reason);
-  maps.planes = make.layout.planes;
-  auto* const base = static_cast<uint8_t*>(tensor.data);
-  const int64_t token = tensor.token_stride;
-  const auto at = [&](int64_t first) { return base + first * token * element_bytes; };
-
-  View grid{at(problem.prefix), {}, {}, {}, {}};
-  int64_t inner = 1;
-  for (int a = 0; a < 3; ++a) {
-    const GridAxis& axis = problem.axes[2 - a];
-    grid.lengths[a] = axis.length;
-    // An axis of one token has no stride; the innermost one's is always legal.
-    grid.strides[a] = axis.length == 1 ? token : inner * token;
-    grid.extents[a] = 1 << shape[2 - a];
-    grid.dilations[a] = axis.dilation;
-    inner *= axis.length;
-  }
-  CUresult result = make(maps.of_part[grid_part], grid);
-  View plain_grid = grid;
-  plain_grid.dilations = {1, 1, 1};
-  if (result == CUDA_SUCCESS) result = make(maps.undilated, plain_grid);
-  for (const int32_t part : {prefix_part, suffix_part}) {
-    const int32_t tokens = part_tokens(problem, part);
-    if (tokens == 0 || result != CUDA_SUCCESS) continue;
-    const int64_t first = part == prefix_part ? 0 : problem.prefix + inner;
-    result = make(maps.of_part[part], {at(first),
-                                       {tokens, 1, 1},
-                                       {token, token, token},
-                                       {rows, 1, 1},
-                                       {1, 1, 1}});
-  }
-  if (result != CUDA_SUCCESS)
-    return fail(GNA_SM90_BAD_ARGUMENT, "the driver declines to describe a tensor (CUresult " +
-                                           std::to_string(static_cast<int>(result)) + ")");
-  return GNA_SM90_OK;
-}
-
-// Checks ------------------------------------------------------------------------------------------
-
-const char* broken_rule(const gna_sm90_problem& plain) {
-  if (plain.type != GNA_SM90_BF16 && plain.type != GNA_SM90_FP16) return "unknown element type";
-  if (plain.head_dim < 8 || plain.head_dim > 128 || plain.head_dim % 8 != 0)
-    return "the head size is not a multiple of 8 up to 128";
-  if (plain.batch < 1 || plain.heads < 1 || plain.kv_heads < 1 || plain.heads % plain.kv_heads != 0)
-    return "batch or head counts";
-  if (plain.axis_count < 1 || plain.axis_count > 3) return "a grid has 1 to 3 axes";
-  if (plain.prefix < 0 || plain.suffix < 0) return "negative count of global tokens";
-  if (!(plain.scale > 0)) return "the scale must be positive";
-  int32_t query = 0, key = 0;
-  int64_t tokens = 1;
-  for (int32_t a = 0; a < plain.axis_count; ++a) {
-    const gna_sm90_axis& axis = plain.axes[a];
-    if (axis.length < 1 || axis.stride < 1 || axis.window < axis.stride || axis.dilation < 1 ||
-        static_cast<int64_t>(axis.window) * axis.dilation > axis.length)
-      return "an axis breaks 1 <= stride <= window, window * dilation <= length";
-    for (const int32_t log2_box : {axis.log2_query_box, axis.log2_key_box}) {
-      if (log2_box < 0 || log2_box > log2_tile) return "a box extent";
-      if (log2_box > 0 && axis.dilation > 1 &&
-          (axis.dilation > max_element_stride || axis.dilation << log2_box > max_box))
-        return "a box of a dilated axis is too long for the copy engine";
-    }
-    query += axis.log2_query_box;
-    key += axis.log2_key_box;
-    tokens *= axis.length;
-    if (tokens > INT32_MAX) return "more than 2^31 tokens";
-  }
-  if (query != log2_tile || key != log2_tile) return "boxes must hold 128 tokens";
-  return nullptr;
-}
-
-Problem problem_of(const gna_sm90_problem& plain) {
-  Problem problem{};
-  for (int32_t a = 0; a < max_axes; ++a) {
-    GridAxis& axis = problem.axes[a];
-    const int32_t from = a - (max_axes - plain.axis_count);
-    if (from < 0) {
-      axis = {1, 1, 1, 1, 0, 0, 0, 1, 1};
-      continue;
-    }
-    const gna_sm90_axis& given = plain.axes[from];
-    axis = {given.length, given.window,         given.stride,       given.dilation,
-            given.causal, given.log2_query_box, given.log2_key_box, 0,            1};
-    axis.query_tiles = query_tiles_of(axis);
-  }
-  problem.prefix = plain.prefix;
-  problem.suffix = plain.suffix;
-  problem.log2_query_tile = problem.log2_key_tile = log2_tile;
-  return problem;
-}
-
-// The shape of the box of a query tile's rows that one warpgroup stores.
-BoxShape half_box(const Problem& problem) {
-  BoxShape shape{};
-  int32_t left = log2_half;
-  for (int a = max_axes - 1; a >= 0; --a) {
-    shape[a] = std::min(left, problem.axes[a].log2_query);
-    left -= shape[a];
-  }
-  return shape;
-}
-
-// Devices -----------------------------------------------------------------------------------------
-
-struct Kernel {
-  cudaError_t (*prepare)();
-  cudaError_t (*launch)(const Parameters&, int, cudaStream_t);
-};
-
-// For the next larger head size too: the copy engine fills the missing columns with zeros and does not
-// write them.
-constexpr Kernel kernels[] = {{prepare_bf16_64, launch_bf16_64},
-                              {prepare_bf16_128, launch_bf16_128},
-                              {prepare_fp16_64, launch_fp16_64},
-                              {prepare_fp16_128, launch_fp16_128}};
-
-constexpr int max_devices = 64;
-std::atomic<int> multiprocessors[max_devices];  // 0 where nothing is set up yet
-std::mutex setting_up;
-
-// Multiprocessors of the current device, the kernels being set up on it.
-int32_t set_up(int& count) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return fail(error, "cudaGetDevice");
-  if (device >= max_devices) return fail(GNA_SM90_DRIVER, "more than 64 devices");
-  count = multiprocessors[device].load(std::memory_order_acquire);
-  if (count != 0) return GNA_SM90_OK;
-  const std::lock_guard<std::mutex> lock(setting_up);
-  if (encode_function() == nullptr)
-    return fail(GNA_SM90_DRIVER, "the driver has no cuTensorMapEncodeTiled: it is older than 12.0");
-  for (const Kernel& kernel : kernels)
-    if (const cudaError_t error = kernel.prepare()) return fail(error, "setting up the kernel");
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device))
-    return fail(error, "cudaDeviceGetAttribute");
-  multiprocessors[device].store(count, std::memory_order_release);
-  return GNA_SM90_OK;
-}
-
-int32_t run(const gna_sm90_problem& plain, const gna_sm90_tensor& query, const gna_sm90_tensor& key,
-            const gna_sm90_tensor& value, const gna_sm90_tensor& output, float* logsumexp,
-            cudaStream_t stream) {
-  if (const char* rule = broken_rule(plain)) return fail(GNA_SM90_BAD_ARGUMENT, rule);
-  Problem problem = problem_of(plain);
-  int64_t tokens = 1;
-  for (const GridAxis& axis : problem.axes) tokens *= axis.length;
-  tokens += static_cast<int64_t>(plain.prefix) + plain.suffix;
-  if (tokens > INT32_MAX) return fail(GNA_SM90_BAD_ARGUMENT, "more than 2^31 tokens");
-  for (const gna_sm90_tensor* tensor : {&query, &key, &value, &output}) {
-    const int32_t heads = tensor == &key || tensor == &value ? plain.kv_heads : plain.heads;
-    if (reinterpret_cast<uintptr_t>(tensor->data) % 16 != 0)
-      return fail(GNA_SM90_BAD_ARGUMENT, "an address is not a multiple of 16 bytes");
-    if (const char* reason =
-            gna_sm90_declines(plain.batch, heads, static_cast<int32_t>(tokens), tensor))
-      return fail(GNA_SM90_BAD_ARGUMENT, reason);
-  }
-  const int64_t tiles = static_cast<int64_t>(grid_query_tiles(problem)) + global_query_tiles(problem);
-  const int64_t work = tiles * plain.batch * plain.heads;
-  if (work > INT32_MAX / 2)
-    return fail(GNA_SM90_BAD_ARGUMENT, "more than 2^30 query tiles");
-
-  int count = 0;
-  if (const int32_t code = set_up(count)) return code;
-  set_order_of_work(problem, count);
-  BoxShape query_box{}, key_box{};
-  for (int a = 0; a < max_axes; ++a) {
-    query_box[a] = problem.axes[a].log2_query;
-    key_box[a] = problem.axes[a].log2_key;
-  }
-  Parameters parameters{};
-  const struct {
-    const gna_sm90_tensor& tensor;
-    int32_t heads;
-    BoxShape box;
-    int32_t rows;
-    Maps& maps;
-  } described[] = {{query, plain.heads, query_box, tile_rows, parameters.query},
-                   {key, plain.kv_heads, key_box, tile_rows, parameters.key},
-                   {value, plain.kv_heads, key_box, tile_rows, parameters.value},
-                   {output, plain.heads, half_box(problem), half_rows, parameters.output}};
-  for (const auto& one : described)
-    if (const int32_t code =
-            make_maps(plain, problem, one.tensor, one.heads, one.box, one.rows, one.maps))
-      return code;
-  parameters.problem = problem;
-  for (int a = max_axes - 1, log2_inner = 0; a >= 0; --a) {
-    parameters.key_words[a] = axis_words(log2_inner, problem.axes[a].log2_key);
-    log2_inner += problem.axes[a].log2_key;
-  }
-  parameters.batch = plain.batch;
-  parameters.heads = plain.heads;
-  parameters.heads_per_kv_head = plain.heads / plain.kv_heads;
-  parameters.scale_log2 = plain.scale * 1.4426950408889634f;
-  parameters.logsumexp = logsumexp;
-  parameters.key_mask = plain.key_mask;
-  parameters.key_mask_batch_stride = plain.key_mask_batch_stride;
-  parameters.key_mask_token_stride = plain.key_mask_token_stride;
-  static std::atomic<uint32_t> launches;
-  while ((parameters.launch = ++launches) == 0) {
-  }
-  const Kernel& kernel =
-      kernels[(plain.type == GNA_SM90_FP16 ? 2 : 0) + (plain.head_dim > 64 ? 1 : 0)];
-  const int blocks = static_cast<int>(std::min<int64_t>(count, work));
-  if (const cudaError_t error = kernel.launch(parameters, blocks, stream))
-    return fail(error, "launching the kernel");
-  return GNA_SM90_OK;
-}
+// Rows are loaded for both computing warpgroups at once; each stores its own.
+constexpr Target target{7,
+                        7,
+                        6,
+                        {{prepare_bf16_64, launch_bf16_64},
+                         {prepare_bf16_128, launch_bf16_128},
+                         {prepare_fp16_64, launch_fp16_64},
+                         {prepare_fp16_128, launch_fp16_128}}};
 
 }  // namespace
 }  // namespace gna::sm90
 
 const char* gna_sm90_declines(int32_t batch, int32_t heads, int32_t tokens,
-                              const gna_sm90_tensor* tensor) {
-  using namespace gna::sm90;
-  constexpr int64_t too_far = int64_t{1} << 40;  // bytes
-  const int64_t strides[] = {batch == 1 ? 0 : tensor->batch_stride,
-                             heads == 1 ? 0 : tensor->head_stride, tensor->token_stride};
-  for (const int64_t stride : strides) {
-    if (stride % stride_unit != 0) return "strides must be multiples of 16 bytes";
-    if (stride >= too_far / element_bytes) return "strides must be below 2^40 bytes";
-  }
-  if (tensor->token_stride == 0) return "all tokens are the same memory";
-  if (tensor->token_stride * tokens >= too_far / element_bytes)
-    return "an axis of tokens has a stride of 2^40 bytes or more";
-  PlaneLayout layout;
-  return plane_layout(batch, heads, *tensor, layout);
+                              const gna_cuda_tensor* tensor) {
+  return gna::cuda::declines(batch, heads, tokens, *tensor);
 }
 
-int32_t gna_sm90_forward(const gna_sm90_problem* problem, const gna_sm90_tensor* query,
-                         const gna_sm90_tensor* key, const gna_sm90_tensor* value,
-                         const gna_sm90_tensor* output, float* logsumexp, void* stream) {
-  return gna::sm90::run(*problem, *query, *key, *value, *output, logsumexp,
+int32_t gna_sm90_forward(const gna_cuda_problem* problem, const gna_cuda_tensor* query,
+                         const gna_cuda_tensor* key, const gna_cuda_tensor* value,
+                         const gna_cuda_tensor* output, float* logsumexp, void* stream) {
+  return gna::cuda::run(gna::sm90::target, *problem, *query, *key, *value, *output, logsumexp,
                         static_cast<cudaStream_t>(stream));
 }
 
-const char* gna_sm90_message(void) { return gna::sm90::message.c_str(); }
+const char* gna_sm90_message(void) { return gna::cuda::message.c_str(); }

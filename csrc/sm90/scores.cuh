@@ -12,7 +12,6 @@
 namespace gna::sm90 {
 
 constexpr float infinity = __builtin_huge_valf();
-constexpr unsigned full_warp = 0xffffffffu;
 
 // Limits of a shifted score; floats above zero compare as their bits do.
 constexpr int no_offset_yet = INT32_MIN;
@@ -87,19 +86,10 @@ __device__ __forceinline__ void grid_mask(const Parameters& parameters, const Th
 // Visible columns of a tile of global keys, alike for all rows.
 __device__ __forceinline__ void global_mask(const Parameters& parameters, int batch,
                                             int part, int first, MaskWords& words) {
-  const Problem& problem = parameters.problem;
-  const int lane = threadIdx.x % 32;
-  const int tokens = part_tokens(problem, part);
-  const int before = part == suffix_part ? problem.prefix : 0;
 #pragma unroll
-  for (int word = 0; word < 4; ++word) {
-    const int token = first + 32 * word + lane;
-    bool visible = token < tokens;
-    if (visible && parameters.key_mask != nullptr)
-      visible = parameters.key_mask[batch * parameters.key_mask_batch_stride +
-                                    (before + token) * parameters.key_mask_token_stride] != 0;
-    words.row[0][word] = words.row[1][word] = __ballot_sync(full_warp, visible);
-  }
+  for (int word = 0; word < 4; ++word)
+    words.row[0][word] = words.row[1][word] =
+        global_word(parameters, batch, part, first + 32 * word);
 }
 
 __device__ __forceinline__ void hide(float (&scores)[64], const MaskWords& words) {

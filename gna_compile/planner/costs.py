@@ -24,6 +24,7 @@ class Architecture:
         mask_elements: elements of a boundary tile that are masked per clock.
         bytes: between L2 cache and shared memory, per clock.
         tiles: tokens of a query tile and of a key tile, as the kernel has them.
+        query_parts: how many boxes a query box is read in, cut along its first axes.
         max_step: the largest dilation of an axis along which a box may hold more than one token.
         max_span: the most tokens from end to end of a box along one axis, dilation included.
     """
@@ -37,6 +38,7 @@ class Architecture:
     mask_elements: float
     bytes: float
     tiles: tuple[tuple[int, int], ...]
+    query_parts: int = 1
     max_step: int = 8
     max_span: int = 256
 
@@ -96,7 +98,9 @@ ARCHITECTURES = {
     table.name: table
     for table in (
         Architecture("sm90", 132, 1.755, 4096, 14, 5500, 15.0, 45.0, ((128, 128),)),
-        Architecture("sm100", 148, 1.99, 8192, 16, 0, _MASK_ELEMENTS, 45.0, ((256, 128),)),
+        Architecture(
+            "sm100", 148, 1.99, 8192, 16, 0, _MASK_ELEMENTS, 45.0, ((256, 128),), query_parts=2
+        ),
     )
 }
 """By name. sm90 is fitted to the kernel's times on an H200; sm100 rests on published B200 times."""

@@ -195,7 +195,7 @@ def _cheapest(
     launch = _launch(workload, architecture, query_tile, key_tile)
     global_keys, whole = global_key_tiles(neighborhood, key_tile)
     masked_globals = global_keys if key_mask else global_keys - whole
-    query_boxes = _fitting(neighborhood.axes, query_tile, architecture)
+    query_boxes = _fitting(neighborhood.axes, query_tile, architecture, architecture.query_parts)
     key_boxes = [
         (box, global_counts(neighborhood, query_tile, box, key_mask))
         for box in _fitting(neighborhood.axes, key_tile, architecture)
@@ -230,8 +230,10 @@ def _cheapest(
     return best
 
 
-def _fitting(axes: tuple[Axis, ...], tokens: int, architecture: Architecture) -> list[Box]:
-    """The boxes that the copy engine reads, if possible none twice as long as an axis."""
+def _fitting(
+    axes: tuple[Axis, ...], tokens: int, architecture: Architecture, parts: int = 1
+) -> list[Box]:
+    """The boxes that the copy engine reads in so many parts, if possible none twice as long as an axis."""
 
     def is_readable(axis: Axis, size: int) -> bool:
         step, span = axis.dilation, axis.dilation * size
@@ -244,7 +246,7 @@ def _fitting(axes: tuple[Axis, ...], tokens: int, architecture: Architecture) ->
     readable = [
         box
         for box in boxes(tokens, len(axes))
-        if all(is_readable(axis, size) for axis, size in zip(axes, box, strict=True))
+        if all(is_readable(axis, size) for axis, size in zip(axes, _part(box, parts), strict=True))
     ]
     if not readable:
         dilation = "x".join(str(axis.dilation) for axis in axes)
@@ -258,3 +260,13 @@ def _fitting(axes: tuple[Axis, ...], tokens: int, architecture: Architecture) ->
         if all(size < 2 * axis.group(0).length for axis, size in zip(axes, box, strict=True))
     ]
     return fitting or readable
+
+
+def _part(box: Box, parts: int) -> Box:
+    """One of `parts` equal boxes that a box is cut into along its first axes."""
+    left = math.prod(box) // parts
+    part = []
+    for size in reversed(box):
+        part.append(min(size, left))
+        left //= part[-1]
+    return tuple(reversed(part))

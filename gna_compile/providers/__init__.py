@@ -7,10 +7,11 @@ from gna_compile.providers.flex import Flex
 from gna_compile.providers.portable import Portable
 from gna_compile.providers.problem import Declined, Forecast, Problem, Provider
 from gna_compile.providers.sm90 import Sm90
+from gna_compile.providers.sm100 import Sm100
 
 __all__ = ["PROVIDERS", "Declined", "Forecast", "Problem", "Provider", "choose"]
 
-PROVIDERS: list[Provider] = [Cpu(), Sm90(), Flex(), Portable()]
+PROVIDERS: list[Provider] = [Cpu(), Sm100(), Sm90(), Flex(), Portable()]
 """All providers, best first."""
 
 

@@ -1,0 +1,50 @@
+/* What the C interfaces of the CUDA kernels have in common: neighbourhood attention, forward.
+ *
+ * Definitions: gna_compile/geometry.py. Tensors are plain device pointers with strides in elements;
+ * nothing is copied. A call launches on `stream` of the current device, synchronises with nothing,
+ * allocates nothing and may be captured in a CUDA graph. It may come from any thread.
+ */
+#ifndef GNA_CUDA_H
+#define GNA_CUDA_H
+
+#include <stdint.h>
+
+#define GNA_CUDA_API __attribute__((visibility("default")))
+
+enum { GNA_CUDA_BF16 = 1, GNA_CUDA_FP16 = 2 };
+
+/* What a call returns; the library's message says more. */
+enum {
+  GNA_CUDA_OK = 0,
+  GNA_CUDA_BAD_ARGUMENT = 1, /* a number in the problem breaks a rule below */
+  GNA_CUDA_DRIVER = 2,       /* no driver, no device, or one that lacks what the kernel needs */
+  GNA_CUDA_LAUNCH = 3
+};
+
+/* [batch, heads, tokens, head_dim], head_dim contiguous; address and strides multiples of 16 bytes. */
+typedef struct {
+  void* data;
+  int64_t batch_stride, head_stride, token_stride;
+} gna_cuda_tensor;
+
+/* 1 <= stride <= window, 1 <= dilation, window * dilation <= length. The boxes of a query tile and of
+ * a key tile have 2^log2 tokens along the axis, in all as many as the kernel's tiles have. What is
+ * loaded at once of a box, at most 128 tokens, either has one token along a dilated axis, or
+ * dilation <= 8 and dilation * tokens <= 256. */
+typedef struct {
+  int32_t length, window, stride, dilation, causal, log2_query_box, log2_key_box;
+} gna_cuda_axis;
+
+typedef struct {
+  int32_t type;                   /* GNA_CUDA_BF16 or GNA_CUDA_FP16 */
+  int32_t batch, heads, kv_heads; /* kv_heads divides heads */
+  int32_t head_dim;               /* a multiple of 8 up to 128 */
+  int32_t axis_count;             /* 1 .. 3; the grid lies in raster order, last axis fastest */
+  gna_cuda_axis axes[3];
+  int32_t prefix, suffix;  /* global tokens before and after the grid */
+  const uint8_t* key_mask; /* [batch, prefix + suffix], 0 hides a global key; may be null */
+  int64_t key_mask_batch_stride, key_mask_token_stride;
+  float scale; /* positive */
+} gna_cuda_problem;
+
+#endif

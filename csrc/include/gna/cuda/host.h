@@ -1,0 +1,388 @@
+// The host's side of the kernels: checks a problem, describes its tensors to the copy engine, launches.
+// Each library includes it once.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "gna/cuda/gna_cuda.h"
+#include "gna/cuda/parameters.h"
+
+namespace gna::cuda {
+
+// One compiled kernel.
+struct Kernel {
+  cudaError_t (*prepare)();  // on the current device
+  cudaError_t (*launch)(const Parameters& parameters, int blocks, cudaStream_t stream);
+};
+
+// The kernels of an architecture, and log2 of the tokens of what they handle.
+struct Target {
+  int32_t log2_query_tile;
+  int32_t log2_query_box;   // rows that are loaded at once
+  int32_t log2_output_box;  // rows that are stored at once
+  // By type and head size: bf16 64, bf16 128, fp16 64, fp16 128. Smaller head sizes too: the copy
+  // engine fills the missing columns with zeros and does not write them.
+  Kernel kernels[4];
+};
+
+namespace {
+
+constexpr int64_t element_bytes = 2;
+constexpr int64_t stride_unit = 16 / element_bytes;  // elements; what the copy engine asks for
+constexpr int max_element_stride = 8;
+constexpr int max_box = 256;
+
+thread_local std::string message;
+
+int32_t fail(int32_t code, std::string text) {
+  message = std::move(text);
+  return code;
+}
+
+int32_t fail(cudaError_t error, const char* doing) {
+  return fail(error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver ? GNA_CUDA_DRIVER
+                                                                                 : GNA_CUDA_LAUNCH,
+              std::string(doing) + ": " + cudaGetErrorString(error));
+}
+
+// Tensor maps -------------------------------------------------------------------------------------
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                            CUtensorMapFloatOOBfill);
+
+// The driver's function, looked up at run time so that nothing links with the driver; null without.
+Encode encode_function() {
+  static const Encode found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<Encode>(function)
+               : nullptr;
+  }();
+  return found;
+}
+
+// Heads and batch entries share the last dimension of a map, whose step is the smaller of their
+// strides; a stride of zero (an expanded tensor) needs no step.
+struct PlaneLayout {
+  int64_t step = 0, count = 1;
+  Planes planes{0, 0};
+};
+
+const char* plane_layout(int64_t batch, int64_t heads, const gna_cuda_tensor& tensor,
+                         PlaneLayout& layout) {
+  const int64_t by_head = heads == 1 ? 0 : tensor.head_stride;
+  const int64_t by_batch = batch == 1 ? 0 : tensor.batch_stride;
+  if (by_head < 0 || by_batch < 0 || tensor.token_stride < 0) return "negative strides";
+  layout.step = by_head == 0 ? by_batch : by_batch == 0 ? by_head : std::min(by_head, by_batch);
+  if (layout.step == 0) return nullptr;
+  if (by_head % layout.step != 0 || by_batch % layout.step != 0)
+    return "neither the batch nor the head stride is a multiple of the other";
+  const int64_t per_head = by_head / layout.step, per_batch = by_batch / layout.step;
+  layout.count = per_head * (heads - 1) + per_batch * (batch - 1) + 1;
+  if (layout.count > INT32_MAX) return "more than 2^31 planes";
+  layout.planes = {static_cast<int32_t>(per_head), static_cast<int32_t>(per_batch)};
+  return nullptr;
+}
+
+// Columns, three axes of tokens (last axis first), planes; strides in elements.
+struct View {
+  uint8_t* base;
+  std::array<int64_t, 3> lengths, strides;
+  std::array<int32_t, 3> extents, dilations;
+};
+
+struct MapMaker {
+  CUtensorMapDataType type;
+  int32_t head_dim;
+  PlaneLayout layout;
+
+  CUresult operator()(CUtensorMap& map, const View& view) const {
+    cuuint64_t sizes[5] = {static_cast<cuuint64_t>(head_dim)};
+    cuuint64_t strides[4];
+    cuuint32_t box[5] = {box_columns};
+    cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+    for (int a = 0; a < 3; ++a) {
+      sizes[a + 1] = view.lengths[a];
+      strides[a] = view.strides[a] * element_bytes;
+      // A box of one token needs no step between tokens.
+      steps[a + 1] = view.extents[a] == 1 ? 1 : view.dilations[a];
+      box[a + 1] = view.extents[a] * steps[a + 1];
+    }
+    sizes[4] = layout.count;
+    // A dimension of one plane still wants a legal stride.
+    strides[3] = layout.step == 0 ? strides[2] : layout.step * element_bytes;
+    box[4] = 1;
+    return encode_function()(&map, type, 5, view.base, sizes, strides, box, steps,
+                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  }
+};
+
+// log2 of the tokens of a box along each axis.
+using BoxShape = std::array<int32_t, 3>;
+
+// The maps of one tensor, for boxes of this shape and runs of `rows` global tokens.
+int32_t make_maps(const gna_cuda_problem& plain, const Problem& problem,
+                  const gna_cuda_tensor& tensor, int32_t heads, const BoxShape& shape, int32_t rows,
+                  Maps& maps) {
+  MapMaker make{plain.type == GNA_CUDA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                plain.head_dim,
+                {}};
+  if (const char* reason = plane_layout(plain.batch, heads, tensor, make.layout))
+    return fail(GNA_CUDA_BAD_ARGUMENT, reason);
+  maps.planes = make.layout.planes;
+  auto* const base = static_cast<uint8_t*>(tensor.data);
+  const int64_t token = tensor.token_stride;
+  const auto at = [&](int64_t first) { return base + first * token * element_bytes; };
+
+  View grid{at(problem.prefix), {}, {}, {}, {}};
+  int64_t inner = 1;
+  for (int a = 0; a < 3; ++a) {
+    const GridAxis& axis = problem.axes[2 - a];
+    grid.lengths[a] = axis.length;
+    // An axis of one token has no stride; the innermost one's is always legal.
+    grid.strides[a] = axis.length == 1 ? token : inner * token;
+    grid.extents[a] = 1 << shape[2 - a];
+    grid.dilations[a] = axis.dilation;
+    inner *= axis.length;
+  }
+  CUresult result = make(maps.of_part[grid_part], grid);
+  View plain_grid = grid;
+  plain_grid.dilations = {1, 1, 1};
+  if (result == CUDA_SUCCESS) result = make(maps.undilated, plain_grid);
+  for (const int32_t part : {prefix_part, suffix_part}) {
+    const int32_t tokens = part_tokens(problem, part);
+    if (tokens == 0 || result != CUDA_SUCCESS) continue;
+    const int64_t first = part == prefix_part ? 0 : problem.prefix + inner;
+    result = make(maps.of_part[part], {at(first),
+                                       {tokens, 1, 1},
+                                       {token, token, token},
+                                       {rows, 1, 1},
+                                       {1, 1, 1}});
+  }
+  if (result != CUDA_SUCCESS)
+    return fail(GNA_CUDA_BAD_ARGUMENT, "the driver declines to describe a tensor (CUresult " +
+                                           std::to_string(static_cast<int>(result)) + ")");
+  return GNA_CUDA_OK;
+}
+
+// Checks ------------------------------------------------------------------------------------------
+
+// log2 of the tokens along each axis of a part of a box: the outer axes are cut first.
+BoxShape part_of_box(const BoxShape& box, int32_t log2_rows) {
+  BoxShape part{};
+  for (int a = max_axes - 1; a >= 0; --a) {
+    part[a] = std::min(log2_rows, box[a]);
+    log2_rows -= part[a];
+  }
+  return part;
+}
+
+// Whether the copy engine can skip the tokens between those of a box of a dilated axis.
+bool is_readable(const gna_cuda_axis& axis, int32_t log2_box) {
+  return log2_box == 0 || axis.dilation == 1 ||
+         (axis.dilation <= max_element_stride && axis.dilation << log2_box <= max_box);
+}
+
+const char* broken_rule(const gna_cuda_problem& plain, const Target& target) {
+  if (plain.type != GNA_CUDA_BF16 && plain.type != GNA_CUDA_FP16) return "unknown element type";
+  if (plain.head_dim < 8 || plain.head_dim > 128 || plain.head_dim % 8 != 0)
+    return "the head size is not a multiple of 8 up to 128";
+  if (plain.batch < 1 || plain.heads < 1 || plain.kv_heads < 1 || plain.heads % plain.kv_heads != 0)
+    return "batch or head counts";
+  if (plain.axis_count < 1 || plain.axis_count > 3) return "a grid has 1 to 3 axes";
+  if (plain.prefix < 0 || plain.suffix < 0) return "negative count of global tokens";
+  if (!(plain.scale > 0)) return "the scale must be positive";
+  int32_t query = 0, key = 0;
+  int64_t tokens = 1;
+  BoxShape query_box{};
+  for (int32_t a = 0; a < plain.axis_count; ++a) {
+    const gna_cuda_axis& axis = plain.axes[a];
+    if (axis.length < 1 || axis.stride < 1 || axis.window < axis.stride || axis.dilation < 1 ||
+        static_cast<int64_t>(axis.window) * axis.dilation > axis.length)
+      return "an axis breaks 1 <= stride <= window, window * dilation <= length";
+    if (axis.log2_query_box < 0 || axis.log2_query_box > target.log2_query_tile ||
+        axis.log2_key_box < 0 || axis.log2_key_box > log2_key_tile)
+      return "a box extent";
+    query_box[max_axes - plain.axis_count + a] = axis.log2_query_box;
+    query += axis.log2_query_box;
+    key += axis.log2_key_box;
+    tokens *= axis.length;
+    if (tokens > INT32_MAX) return "more than 2^31 tokens";
+  }
+  if (query != target.log2_query_tile || key != log2_key_tile)
+    return "boxes must hold as many tokens as the kernel's tiles";
+  const BoxShape loaded = part_of_box(query_box, target.log2_query_box);
+  for (int32_t a = 0; a < plain.axis_count; ++a) {
+    const gna_cuda_axis& axis = plain.axes[a];
+    if (!is_readable(axis, axis.log2_key_box) ||
+        !is_readable(axis, loaded[max_axes - plain.axis_count + a]))
+      return "a box of a dilated axis is too long for the copy engine";
+  }
+  return nullptr;
+}
+
+Problem problem_of(const gna_cuda_problem& plain, const Target& target) {
+  Problem problem{};
+  for (int32_t a = 0; a < max_axes; ++a) {
+    GridAxis& axis = problem.axes[a];
+    const int32_t from = a - (max_axes - plain.axis_count);
+    if (from < 0) {
+      axis = {1, 1, 1, 1, 0, 0, 0, 1, 1};
+      continue;
+    }
+    const gna_cuda_axis& given = plain.axes[from];
+    axis = {given.length, given.window,         given.stride,       given.dilation,
+            given.causal, given.log2_query_box, given.log2_key_box, 0,            1};
+    axis.query_tiles = query_tiles_of(axis);
+  }
+  problem.prefix = plain.prefix;
+  problem.suffix = plain.suffix;
+  problem.log2_query_tile = target.log2_query_tile;
+  problem.log2_key_tile = log2_key_tile;
+  return problem;
+}
+
+// Devices -----------------------------------------------------------------------------------------
+
+struct Device {
+  int multiprocessors, minor;  // minor: of the compute capability
+};
+
+constexpr int max_devices = 64;
+Device devices[max_devices];
+std::atomic<bool> is_set_up[max_devices];
+std::mutex setting_up;
+
+// The current device, the kernels being set up on it.
+int32_t set_up(const Target& target, Device& device) {
+  int number = 0;
+  if (const cudaError_t error = cudaGetDevice(&number)) return fail(error, "cudaGetDevice");
+  if (number >= max_devices) return fail(GNA_CUDA_DRIVER, "more than 64 devices");
+  if (!is_set_up[number].load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(setting_up);
+    if (encode_function() == nullptr)
+      return fail(GNA_CUDA_DRIVER, "the driver has no cuTensorMapEncodeTiled: it is older than 12.0");
+    for (const Kernel& kernel : target.kernels)
+      if (const cudaError_t error = kernel.prepare()) return fail(error, "setting up the kernel");
+    const struct {
+      cudaDeviceAttr attribute;
+      int& value;
+    } asked[] = {{cudaDevAttrMultiProcessorCount, devices[number].multiprocessors},
+                 {cudaDevAttrComputeCapabilityMinor, devices[number].minor}};
+    for (const auto& one : asked)
+      if (const cudaError_t error = cudaDeviceGetAttribute(&one.value, one.attribute, number))
+        return fail(error, "cudaDeviceGetAttribute");
+    is_set_up[number].store(true, std::memory_order_release);
+  }
+  device = devices[number];
+  return GNA_CUDA_OK;
+}
+
+// Why the copy engine cannot read a tensor with these strides, or null if it can.
+const char* declines(int32_t batch, int32_t heads, int32_t tokens, const gna_cuda_tensor& tensor) {
+  constexpr int64_t too_far = int64_t{1} << 40;  // bytes
+  const int64_t strides[] = {batch == 1 ? 0 : tensor.batch_stride,
+                             heads == 1 ? 0 : tensor.head_stride, tensor.token_stride};
+  for (const int64_t stride : strides) {
+    if (stride % stride_unit != 0) return "strides must be multiples of 16 bytes";
+    if (stride >= too_far / element_bytes) return "strides must be below 2^40 bytes";
+  }
+  if (tensor.token_stride == 0) return "all tokens are the same memory";
+  if (tensor.token_stride * tokens >= too_far / element_bytes)
+    return "an axis of tokens has a stride of 2^40 bytes or more";
+  PlaneLayout layout;
+  return plane_layout(batch, heads, tensor, layout);
+}
+
+int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_tensor& query,
+            const gna_cuda_tensor& key, const gna_cuda_tensor& value, const gna_cuda_tensor& output,
+            float* logsumexp, cudaStream_t stream) {
+  if (const char* rule = broken_rule(plain, target)) return fail(GNA_CUDA_BAD_ARGUMENT, rule);
+  Problem problem = problem_of(plain, target);
+  int64_t tokens = 1;
+  for (const GridAxis& axis : problem.axes) tokens *= axis.length;
+  tokens += static_cast<int64_t>(plain.prefix) + plain.suffix;
+  if (tokens > INT32_MAX) return fail(GNA_CUDA_BAD_ARGUMENT, "more than 2^31 tokens");
+  for (const gna_cuda_tensor* tensor : {&query, &key, &value, &output}) {
+    const int32_t heads = tensor == &key || tensor == &value ? plain.kv_heads : plain.heads;
+    if (reinterpret_cast<uintptr_t>(tensor->data) % 16 != 0)
+      return fail(GNA_CUDA_BAD_ARGUMENT, "an address is not a multiple of 16 bytes");
+    if (const char* reason =
+            declines(plain.batch, heads, static_cast<int32_t>(tokens), *tensor))
+      return fail(GNA_CUDA_BAD_ARGUMENT, reason);
+  }
+  const int64_t tiles = static_cast<int64_t>(grid_query_tiles(problem)) + global_query_tiles(problem);
+  const int64_t work = tiles * plain.batch * plain.heads;
+  if (work > INT32_MAX / 2)
+    return fail(GNA_CUDA_BAD_ARGUMENT, "more than 2^30 query tiles");
+
+  Device device{};
+  if (const int32_t code = set_up(target, device)) return code;
+  set_order_of_work(problem, device.multiprocessors);
+  BoxShape query_box{}, key_box{};
+  for (int a = 0; a < max_axes; ++a) {
+    query_box[a] = problem.axes[a].log2_query;
+    key_box[a] = problem.axes[a].log2_key;
+  }
+  Parameters parameters{};
+  const struct {
+    const gna_cuda_tensor& tensor;
+    int32_t heads;
+    BoxShape box;
+    int32_t rows;
+    Maps& maps;
+  } described[] = {{query, plain.heads, part_of_box(query_box, target.log2_query_box),
+                    1 << target.log2_query_box, parameters.query},
+                   {key, plain.kv_heads, key_box, key_rows, parameters.key},
+                   {value, plain.kv_heads, key_box, key_rows, parameters.value},
+                   {output, plain.heads, part_of_box(query_box, target.log2_output_box),
+                    1 << target.log2_output_box, parameters.output}};
+  for (const auto& one : described)
+    if (const int32_t code =
+            make_maps(plain, problem, one.tensor, one.heads, one.box, one.rows, one.maps))
+      return code;
+  parameters.problem = problem;
+  for (int a = max_axes - 1, log2_inner = 0; a >= 0; --a) {
+    parameters.key_words[a] = axis_words(log2_inner, problem.axes[a].log2_key);
+    log2_inner += problem.axes[a].log2_key;
+  }
+  parameters.batch = plain.batch;
+  parameters.heads = plain.heads;
+  parameters.heads_per_kv_head = plain.heads / plain.kv_heads;
+  parameters.scale_log2 = plain.scale * 1.4426950408889634f;
+  parameters.logsumexp = logsumexp;
+  parameters.key_mask = plain.key_mask;
+  parameters.key_mask_batch_stride = plain.key_mask_batch_stride;
+  parameters.key_mask_token_stride = plain.key_mask_token_stride;
+  parameters.minor = device.minor;
+  static std::atomic<uint32_t> launches;
+  while ((parameters.launch = ++launches) == 0) {
+  }
+  const Kernel& kernel =
+      target.kernels[(plain.type == GNA_CUDA_FP16 ? 2 : 0) + (plain.head_dim > 64 ? 1 : 0)];
+  const int blocks = static_cast<int>(std::min<int64_t>(device.multiprocessors, work));
+  if (const cudaError_t error = kernel.launch(parameters, blocks, stream))
+    return fail(error, "launching the kernel");
+  return GNA_CUDA_OK;
+}
+
+}  // namespace
+}  // namespace gna::cuda

@@ -1,0 +1,45 @@
+// What the host hands to the kernels, and what both agree on.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "gna/box_mask.h"
+#include "gna/walk.h"
+
+namespace gna::cuda {
+
+constexpr int log2_key_tile = 7;  // keys of a key tile
+constexpr int key_rows = 1 << log2_key_tile;
+constexpr int box_columns = 64;  // 128 bytes, the width of the swizzle
+constexpr int row_bytes = 128;
+constexpr int key_box_bytes = key_rows * row_bytes;
+
+// Where a head is in a tensor map, whose coordinates are (column, w, h, t, plane).
+struct Planes {
+  int32_t per_head, per_batch;
+};
+
+// Maps of one tensor. A map ends where its part ends, so that what lies outside is zero.
+struct Maps {
+  CUtensorMap of_part[3];
+  CUtensorMap undilated;  // the grid in plain boxes, for queries that see all of it
+  Planes planes;
+};
+
+struct Parameters {
+  Maps query, key, value, output;
+  Problem problem;
+  AxisWords key_words[max_axes];  // of a key tile's box
+  int32_t batch, heads;
+  int32_t heads_per_kv_head;
+  float scale_log2;  // of the logits, in units of log2
+  float* logsumexp;
+  const uint8_t* key_mask;  // [batch, prefix + suffix], or null
+  int64_t key_mask_batch_stride, key_mask_token_stride;
+  uint32_t launch;  // its number, not 0
+  int32_t minor;    // of the device's compute capability
+};
+
+}  // namespace gna::cuda

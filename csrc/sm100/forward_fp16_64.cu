@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+GNA_SM100_KERNEL(fp16_64, __half, 64)
