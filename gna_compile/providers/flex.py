@@ -2,7 +2,8 @@
 
 Tokens are copied into tile order (see `flex_tiles`), so that a window touches few tiles, and the
 results copied back; Inductor compiles the copies along with the attention. The mask is read from
-tables of a few numbers per token, so one kernel serves every window over the same number of tiles.
+tables of a few numbers per token, so one kernel serves all windows over a grid whose lists of tiles are
+about as long.
 
 FlexAttention is called as the operator that `flex_attention` itself calls, because its backward
 then takes the forward's results and needs no autograd. Kernels and tables are made by a thread of
