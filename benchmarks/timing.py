@@ -15,6 +15,7 @@ Run = Callable[[], object]
 Clock = Callable[[Run, int], float]
 
 _SHORTEST = 4.0  # milliseconds that one turn takes at least; short calls are repeated within it
+_SETTLING = 100.0  # and that its contestant runs before, uncounted
 
 
 def first_calls(runs: dict[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, str]]:
@@ -58,16 +59,22 @@ def _on_cpu(run: Run, calls: int) -> float:
 
 
 def take_turns(runs: Mapping[str, Run], repeats: int, measure: Clock) -> dict[str, list[float]]:
-    """Milliseconds a call of each, turn by turn, after a turn that is not counted.
+    """Milliseconds a call of each, turn by turn.
 
-    A card's clock drifts with its power and heat, so no two turns compare. The last two contestants
-    swap places from turn to turn: what came before is then the same for both.
+    A card's clock follows its load and heat. So a turn begins with calls that are not counted, until
+    the clock is the contestant's own and not that of who ran before, and the last two contestants
+    swap places from turn to turn.
     """
-    calls = {name: max(1, round(_SHORTEST / measure(run, 1))) for name, run in runs.items()}
+    once = {name: measure(run, 1) for name, run in runs.items()}
+    calls, settling = (
+        {name: max(1, round(least / once[name])) for name in runs}
+        for least in (_SHORTEST, _SETTLING)
+    )
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for turn in range(repeats):
         for name in names if turn % 2 == 0 else [*names[:-2], *names[:-3:-1]]:
+            measure(runs[name], settling[name])
             times[name].append(measure(runs[name], calls[name]))
     return times
 
