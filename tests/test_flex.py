@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -299,6 +300,20 @@ def test_in_a_compiled_model(inference: bool) -> None:
     ours, theirs = (torch.autograd.grad(y, parameters, seed) for y in (actual, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+@without_kernels
+def test_threads_compile_one_at_a_time() -> None:
+    """As autograd's threads do, one for each device."""
+    x = torch.randn(1, 1, 83, 16)
+
+    def attend(window: int) -> Any:
+        return ops.neighborhood_attention(x, x, x, grid=(83,), window=(window,), provider="flex")
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(attend, (3, 7, 40, 83)))
+    for window, result in zip((3, 7, 40, 83), results, strict=True):
+        torch.testing.assert_close(result, attend(window))
 
 
 # Choosing ----------------------------------------------------------------------------------------

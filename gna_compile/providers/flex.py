@@ -187,7 +187,12 @@ def _kernel(step: _Step, mask: _Mask, scale: float, facts: tuple[_Facts, ...]) -
     def run(*arguments: Tensor) -> None:
         step(mask, scale, *arguments)
 
-    return _apart(lambda: _compile(run, facts), facts[0][0])
+    from torch._dynamo.convert_frame import compile_lock
+
+    # Tracing keeps its state in globals. The lock is taken here, where it may already be held, and
+    # not by the thread apart.
+    with compile_lock:
+        return cast(_Step, _apart(lambda: _compile(run, facts), facts[0][0]))
 
 
 def _apart(make: Callable[[], Any], device: torch.device) -> Any:
