@@ -56,8 +56,6 @@ class Case:
         text: text tokens.
         layers: blocks of its (first) kind.
         policy: the shipped policy for this grid.
-        h200_ms, h200_bound: Inductor's time and the bound on an H200 before there was a kernel,
-            with bf16 and batch 1.
         model: (layers, tiny) to the model.
         inputs: (grid, text tokens, batch, model) to the keyword arguments of `forward`.
     """
@@ -67,8 +65,6 @@ class Case:
     text: int
     layers: int
     policy: str
-    h200_ms: float
-    h200_bound: float
     model: Callable[[int, bool], nn.Module]
     inputs: Callable[[Grid, int, int, Any], Inputs]
 
@@ -167,14 +163,13 @@ def latents(grid: Grid, batch: int, model: Any) -> Tensor:
 
 # fmt: off
 CASES = {
-    "flux": Case((256, 256), (12, 16), 512, 2, "flux-4k", 660, 3.53, flux, flux_inputs),
+    "flux": Case((256, 256), (12, 16), 512, 2, "flux-4k", flux, flux_inputs),
     "hunyuan-video": Case(
-        (30, 48, 80), (4, 6, 8), 256, 2, "hunyuan-video-720p", 2660, 5.83,
-        hunyuan_video, hunyuan_video_inputs,
+        (30, 48, 80), (4, 6, 8), 256, 2, "hunyuan-video-720p", hunyuan_video, hunyuan_video_inputs,
     ),
-    "wan": Case((21, 45, 80), (4, 6, 8), 512, 3, "wan2.1-720p", 808, 3.24, wan, wan_inputs),
+    "wan": Case((21, 45, 80), (4, 6, 8), 512, 3, "wan2.1-720p", wan, wan_inputs),
     "cosmos": Case(
-        (16, 44, 80), (4, 6, 8), 512, 3, "cosmos-7b-720p-89", 388, 2.50, cosmos, cosmos_inputs
+        (16, 44, 80), (4, 6, 8), 512, 3, "cosmos-7b-720p-89", cosmos, cosmos_inputs
     ),
 }
 # fmt: on
@@ -225,8 +220,6 @@ class Result:
     ratios: list[float]
     bound: float
     of_bound: float
-    h200_ms: float
-    h200_bound: float
     finite: bool
     max_difference: float
 
@@ -370,8 +363,6 @@ def measure(
         ratios=ratios,
         bound=bound,
         of_bound=speedup / bound,
-        h200_ms=case.h200_ms,
-        h200_bound=case.h200_bound,
         finite=all(bool(output.isfinite().all()) for output in outputs.values()),
         max_difference=difference,
     )
@@ -533,8 +524,7 @@ def summary(result: Result) -> str:
         f"{result.model}, {'x'.join(map(str, result.grid))} + {result.text}, {result.layers} "
         f"layers, {result.dtype}, batch {result.batch}: {result.dense.ms:.1f} -> "
         f"{result.gna.ms:.1f} ms, {result.speedup:.2f}x of at most {result.bound:.2f}x "
-        f"({result.of_bound:.0%}); before on an H200: {result.h200_ms:.0f} ms, at most "
-        f"{result.h200_bound:.2f}x",
+        f"({result.of_bound:.0%})",
         f"  sites rewritten: {result.rewritten}, dense: {dense_sites}; FLOPs kept "
         f"{result.flops_kept:.1%}; finite: {result.finite}, "
         f"max |difference| {result.max_difference:.3g}",

@@ -60,6 +60,8 @@ class Call:
     """
 
     model: str
+    layers: int
+    dtype: str
     backend: str
     grid: Grid
     graphs: int
@@ -122,6 +124,8 @@ def measure(name: str, backend: str, layers: int, dtype: str, tiny: bool) -> lis
         calls.append(
             Call(
                 model=name,
+                layers=layers,
+                dtype=dtype,
                 backend=backend,
                 grid=grid,
                 graphs=counters["stats"]["unique_graphs"] - before,
