@@ -85,7 +85,10 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    run = subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    """What git prints; "" without git or outside of a repository."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return ""
     return run.stdout.strip()

@@ -244,6 +244,19 @@ def test_cards_have_short_names(monkeypatch: pytest.MonkeyPatch, name: str, card
     assert record.card() == card
 
 
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    about = record.environment()
+    assert about["commit"] == "" and about["uncommitted changes"] is False
+
+
+def test_tables_tell_of_uncommitted_changes() -> None:
+    environment: dict[str, Any] = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11"}}
+    environment |= {"commit": "0123456789", "uncommitted changes": True}
+    about = readme_tables._about({"environment": environment})
+    assert about == "NVIDIA H200, torch 2.11, commit 0123456 with changes"
+
+
 def test_earlier_results_are_kept_only_if_they_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

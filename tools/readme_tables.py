@@ -213,8 +213,10 @@ def _about(data: Any) -> str:
     if versions.get("cudnn"):  # a number such as 91900
         told["cudnn"] = f"{versions['cudnn'] // 10000}.{versions['cudnn'] // 100 % 100}"
     parts = [f"{label} {told[name]}" for name, label in names.items() if told.get(name)]
-    commit = environment["commit"][:7]
-    return ", ".join([environment["gpu"], *parts, *([f"commit {commit}"] if commit else [])])
+    if commit := environment["commit"][:7]:
+        changed = " with changes" if environment.get("uncommitted changes") else ""
+        parts.append(f"commit {commit}{changed}")
+    return ", ".join([environment["gpu"], *parts])
 
 
 def _images(path: Path, *plots: tuple[str, str]) -> list[str]:
