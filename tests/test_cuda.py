@@ -20,7 +20,7 @@ from gna_compile.providers.flex import Flex, unusable
 from gna_compile.providers.portable import Portable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-_REASON = unusable(torch.bfloat16)
+_REASON = unusable(torch.bfloat16, 128)
 needs_flex = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 # Largest error of an output, relative to the largest value around 1.

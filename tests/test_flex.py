@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -332,27 +333,36 @@ def test_supports_says_why_not() -> None:
         assert Flex().supports(on_cuda) == "there is no CUDA device"
 
 
-def test_old_gpus_have_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each device is asked by itself: a V100 runs fp16, what comes before it nothing."""
-    capabilities = [(7, 0), (6, 1), (8, 0)]
+def test_old_and_small_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each device is asked by itself: V100, P40, A100, A10."""
+    devices = [(7, 0, 96), (6, 1, 48), (8, 0, 163), (8, 6, 99)]
+
+    def properties(device: int) -> Any:
+        major, minor, kilobytes = devices[device]
+        return SimpleNamespace(
+            major=major, minor=minor, shared_memory_per_block_optin=kilobytes << 10
+        )
+
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     flex._unusable_on.cache_clear()
     reasons = []
-    for device in range(3):
+    for device in range(4):
         monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
-        reasons += [flex.unusable(dtype) for dtype in (torch.float16, torch.bfloat16)]
+        reasons += [flex.unusable(dtype, 128) for dtype in (torch.float16, torch.bfloat16)]
+    wide = flex.unusable(torch.bfloat16, 192)
     flex._unusable_on.cache_clear()
     assert reasons == [
         None,
         "torch.bfloat16 needs compute capability 8.0, not 7.0",
         "torch.float16 needs compute capability 7.0, not 6.1",
         "torch.bfloat16 needs compute capability 8.0, not 6.1",
-        None,
-        None,
+        *[None] * 4,
     ]
+    assert wide is not None
+    assert wide.startswith("head size 192 needs 163840 bytes of shared memory, not 101376")
 
 
 def test_a_cpu_is_served_as_before() -> None:

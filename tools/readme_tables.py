@@ -51,7 +51,7 @@ def kernels() -> str:
             cells += [f"{gains[peer]:.2f}×" if peer in gains else "–" for peer in ("fa2", "flex")]
             cells += [f"**{gain:.2f}×**", f"{gain / result['bound']:.0%}"] if gain else ["–", "–"]
             cells += [f"{result['tflops']['ours']:.0f}" if "ours" in ms else "–"]
-            rows.append([*cells, "–" if error is None else f"{error:+.0%}"])
+            rows.append([*cells, "–" if error is None else f"{error:+.1%}"])
             if "cudnn-masked" in ms:
                 notes.append(
                     f"With the mask of padded text, as Inductor runs it, cuDNN takes "

@@ -29,6 +29,10 @@ from gna_compile.providers.problem import Forecast, Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = range(16, 257)
+_SMALL_HEAD_DIM, _LARGE_SHARED = (
+    128,
+    160 << 10,
+)  # bytes; larger heads want more than 8.6 and 8.9 have
 _LOG2 = math.log(2)  # FlexAttention's logsumexp is to base 2
 
 _OPTIONS = {
@@ -51,7 +55,7 @@ class Flex:
     def supports(self, problem: Problem) -> str | None:
         if problem.device != "cuda":
             return f"runs on cuda, not {problem.device}"
-        return self.declines(problem) or unusable(problem.dtype)
+        return self.declines(problem) or unusable(problem.dtype, problem.head_dim)
 
     def declines(self, problem: Problem) -> str | None:
         """Why no device could run `problem` with FlexAttention, or None if one could."""
@@ -102,23 +106,32 @@ class Flex:
         _run(_backward, problem, scale, key_mask, tensors)
 
 
-def unusable(dtype: torch.dtype) -> str | None:
+def unusable(dtype: torch.dtype, head_dim: int) -> str | None:
     """Why Triton's kernels of this type cannot run on the current device, or None if they can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    return _unusable_on(torch.cuda.current_device(), dtype)
+    return _unusable_on(torch.cuda.current_device(), dtype, head_dim)
 
 
 @cache
-def _unusable_on(device: int, dtype: torch.dtype) -> str | None:
+def _unusable_on(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.hip is not None:
         return None
-    major, minor = torch.cuda.get_device_capability(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     needed = 8 if dtype == torch.bfloat16 else 7  # what Inductor compiles for
-    if major < needed:
-        return f"{dtype} needs compute capability {needed}.0, not {major}.{minor}"
+    if properties.major < needed:
+        return (
+            f"{dtype} needs compute capability {needed}.0, not "
+            f"{properties.major}.{properties.minor}"
+        )
+    shared = properties.shared_memory_per_block_optin
+    if head_dim > _SMALL_HEAD_DIM and shared < _LARGE_SHARED:
+        return (
+            f"head size {head_dim} needs {_LARGE_SHARED} bytes of shared memory, not {shared}: "
+            "PyTorch's kernels for it do not fit (pytorch/pytorch issue 180278)"
+        )
     return None
 
 

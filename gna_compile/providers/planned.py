@@ -5,6 +5,8 @@ from __future__ import annotations
 from gna_compile.planner import Workload, better_stride, plan, speedups
 from gna_compile.providers.problem import Forecast, Problem
 
+_HEAD_DIMS = (64, 128)
+
 
 def forecast(problem: Problem, architecture: str) -> Forecast:
     """What the planner says of `problem` on an architecture of its cost table."""
@@ -21,7 +23,8 @@ def workload_of(problem: Problem) -> Workload:
     return Workload(
         problem.neighborhood.merged,
         heads=problem.batch * problem.heads,
-        head_dim=problem.head_dim,
+        # The kernels compute the columns up to the next of their head sizes, too.
+        head_dim=next((size for size in _HEAD_DIMS if size >= problem.head_dim), problem.head_dim),
         element_bytes=problem.dtype.itemsize,
         key_mask=problem.has_key_mask,
     )
