@@ -499,9 +499,14 @@ def _in_brief(how: str) -> str:
     if "wrong result" in how:
         return "wrong result"
     text = how.split(": launching the kernel: ")[-1]
-    text = re.sub(r"^warp \d+, line \d+, (@ ?!? ?%\w+ )?([\w.:]+).*?: (?=[a-z%])", r"`\2` ", text)
-    text = re.sub(r"^what line \d+, ([\w.:]+).*has started: ", r"`\1` ", text)
-    text = re.sub(r"^thread \d+ ", "a thread ", text)
+    where = re.match(
+        r"(?:warp \d+, line \d+, (?:@ ?!? ?%\w+ )?|what line \d+, )([\w.:]+).*?: (?=[a-zD%])", text
+    )
+    if where:
+        parts = where[1].split(".")
+        opcode = ".".join(parts[: 4 if parts[0] == "cp" else 2])
+        text = f"`{opcode}` {text[where.end() :]}"
+    text = re.sub(r"thread \d+ exits", "a thread exits", text)
     text = re.sub(r"%\w+", "a register", text)
     text = re.sub(r" \(line \d+\)| of warp \d+| at \d+| \(a wait, fences, a barrier\)", "", text)
     return re.sub(r"(byte|lane|column|line|thread|warp) \d+", r"a \1", text)

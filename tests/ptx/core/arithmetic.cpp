@@ -1,4 +1,5 @@
-// Arithmetic, comparison, selection, logic, conversion (PTX ISA 9.7.1 to 9.7.8 and 9.7.9.1, 9.7.9.21).
+// Arithmetic, comparison, selection, logic, conversion (PTX ISA 9.7.1 to 9.7.8
+// and 9.7.9.1, 9.7.9.21).
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -53,7 +54,8 @@ Handler unary(Instruction& i, F f) {
   need_operands(i, 2, 2);
   first_is_written(i);
   return [f, d = i.operands[0], a = i.operands[1]](Warp& warp, uint32_t mask) {
-    for_each_lane(mask, [&](uint32_t lane) { warp.set(d, lane, to_bits(f(value<T>(warp, a, lane)))); });
+    for_each_lane(mask,
+                  [&](uint32_t lane) { warp.set(d, lane, to_bits(f(value<T>(warp, a, lane)))); });
     return true;
   };
 }
@@ -77,8 +79,9 @@ Handler ternary(Instruction& i, F f) {
   return [f, d = i.operands[0], a = i.operands[1], b = i.operands[2], c = i.operands[3]](
              Warp& warp, uint32_t mask) {
     for_each_lane(mask, [&](uint32_t lane) {
-      warp.set(d, lane, to_bits(f(value<T>(warp, a, lane), value<T>(warp, b, lane),
-                                  value<T>(warp, c, lane))));
+      warp.set(
+          d, lane,
+          to_bits(f(value<T>(warp, a, lane), value<T>(warp, b, lane), value<T>(warp, c, lane))));
     });
     return true;
   };
@@ -103,8 +106,8 @@ Handler of_integer(Type type, Visit visit) {
   }
 }
 
-// Sums, differences and products of integers wrap around; on unsigned numbers that is defined, and a
-// 16-bit one must not become an int.
+// Sums, differences and products of integers wrap around; on unsigned numbers that is defined, and
+// a 16-bit one must not become an int.
 template <typename T>
 using Wide = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
@@ -172,19 +175,20 @@ Handler decode_float(Instruction& i, const std::string& base) {
   modifiers.need("f32");
   modifiers.done();
   if (base == "add") return binary<float>(i, flushing(flush, a_plus_b));
-  if (base == "sub") return binary<float>(i, flushing(flush, [](float a, float b) { return a - b; }));
+  if (base == "sub")
+    return binary<float>(i, flushing(flush, [](float a, float b) { return a - b; }));
   if (base == "mul") return binary<float>(i, flushing(flush, a_times_b));
   if (base == "fma") return ternary<float>(i, flushing(flush, multiply_add));
   if (base == "neg") return unary<float>(i, flushing(flush, [](float a) { return -a; }));
   if (base == "abs") return unary<float>(i, flushing(flush, [](float a) { return std::fabs(a); }));
   if (base == "min" || base == "max") {
     const auto pick = [keeps_nan, of_numbers = base == "min" ? least : most](float a, float b) {
-      return keeps_nan && (std::isnan(a) || std::isnan(b)) ? float_of(canonical_nan) : of_numbers(a, b);
+      return keeps_nan && (std::isnan(a) || std::isnan(b)) ? float_of(canonical_nan)
+                                                           : of_numbers(a, b);
     };
     if (i.operands.size() == 4)
-      return ternary<float>(i, flushing(flush, [pick](float a, float b, float c) {
-                              return pick(pick(a, b), c);
-                            }));
+      return ternary<float>(
+          i, flushing(flush, [pick](float a, float b, float c) { return pick(pick(a, b), c); }));
     return binary<float>(i, flushing(flush, pick));
   }
   fault("unknown instruction %s of floats", base.c_str());
@@ -207,7 +211,8 @@ Handler decode_approximate(Instruction& i, const std::string& base) {
   return binary<float>(i, flushing(flush, [](float a, float b) {
                          const float size = std::fabs(b);
                          if (size > 0x1p126f && std::isfinite(size))
-                           return std::isinf(a) ? float_of(canonical_nan) : std::copysign(0.0f, a * b);
+                           return std::isinf(a) ? float_of(canonical_nan)
+                                                : std::copysign(0.0f, a * b);
                          return a / b;
                        }));
 }
@@ -255,17 +260,18 @@ Handler decode_shift(Instruction& i, bool left) {
   first_is_written(i);
   return of_integer(type, [&](auto zero) -> Handler {
     using T = decltype(zero);
-    return [left, d = i.operands[0], a = i.operands[1], b = i.operands[2]](Warp& warp, uint32_t mask) {
-      for_each_lane(mask, [&](uint32_t lane) {
-        const T x = value<T>(warp, a, lane);
-        const auto by = value<uint32_t>(warp, b, lane);
-        const T moved = !left                ? shifted_right(x, by)
-                        : by >= 8 * sizeof(T) ? T(0)
-                                              : static_cast<T>(Wide<T>(x) << by);
-        warp.set(d, lane, to_bits(moved));
-      });
-      return true;
-    };
+    return
+        [left, d = i.operands[0], a = i.operands[1], b = i.operands[2]](Warp& warp, uint32_t mask) {
+          for_each_lane(mask, [&](uint32_t lane) {
+            const T x = value<T>(warp, a, lane);
+            const auto by = value<uint32_t>(warp, b, lane);
+            const T moved = !left                 ? shifted_right(x, by)
+                            : by >= 8 * sizeof(T) ? T(0)
+                                                  : static_cast<T>(Wide<T>(x) << by);
+            warp.set(d, lane, to_bits(moved));
+          });
+          return true;
+        };
   });
 }
 
@@ -297,8 +303,8 @@ Handler decode_logic(Instruction& i, const std::string& base) {
   });
 }
 
-// Comparisons, 9.3.1 and 9.3.2. With NaN those of floats are false, but for those whose names end in u
-// and for nan.
+// Comparisons, 9.3.1 and 9.3.2. With NaN those of floats are false, but for those whose names end
+// in u and for nan.
 struct Comparison {
   bool less = false, equal = false, greater = false, unordered = false;
 
@@ -348,8 +354,8 @@ Handler decode_setp(Instruction& i) {
   return of_integer(type, [&](auto zero) { return comparison<decltype(zero)>(i, how); });
 }
 
-// Copies what `from` says for each lane. nvcc moves and selects what it never wrote where nothing comes
-// of it; so a copy of it is no error, but reading the copy is.
+// Copies what `from` says for each lane. nvcc moves and selects what it never wrote where nothing
+// comes of it; so a copy of it is no error, but reading the copy is.
 template <typename From>
 void move(Warp& warp, uint32_t mask, const Operand& to, From from) {
   warp.check_writable(to.index);
@@ -401,7 +407,8 @@ Handler decode_mov(Instruction& i) {
     for_each_lane(mask, [&](uint32_t lane) {
       uint64_t whole = 0;
       if (packs) {
-        for (uint32_t p = 0; p < parts; ++p) whole |= (warp.get(a.parts[p], lane) & bits) << p * width;
+        for (uint32_t p = 0; p < parts; ++p)
+          whole |= (warp.get(a.parts[p], lane) & bits) << p * width;
         warp.set(d, lane, whole);
       } else {
         whole = warp.get(a, lane);
@@ -418,8 +425,8 @@ Handler decode_selp(Instruction& i) {
   modifiers.done();
   need_operands(i, 4, 4);
   collect(i.operands[3], i.reads);
-  return [d = i.operands[0], a = i.operands[1], b = i.operands[2], p = i.operands[3]](Warp& warp,
-                                                                                      uint32_t mask) {
+  return [d = i.operands[0], a = i.operands[1], b = i.operands[2], p = i.operands[3]](
+             Warp& warp, uint32_t mask) {
     move(warp, mask, d,
          [&](uint32_t lane) -> const Operand& { return warp.predicate(p, lane) ? a : b; });
     return true;
@@ -439,7 +446,8 @@ Handler decode_cvt(Instruction& i) {
       return [element = element, d = i.operands[0], a = i.operands[1], b = i.operands[2]](
                  Warp& warp, uint32_t mask) {
         for_each_lane(mask, [&](uint32_t lane) {
-          warp.set(d, lane, pack(element, value<float>(warp, a, lane), value<float>(warp, b, lane)));
+          warp.set(d, lane,
+                   pack(element, value<float>(warp, a, lane), value<float>(warp, b, lane)));
         });
         return true;
       };
@@ -559,8 +567,8 @@ Handler decode_arithmetic(Instruction& i) {
     Modifiers modifiers(i);
     modifiers.need("b32");
     modifiers.done();
-    return unary<uint32_t>(
-        i, [](uint32_t x) { return static_cast<uint32_t>(__builtin_popcount(x)); });
+    return unary<uint32_t>(i,
+                           [](uint32_t x) { return static_cast<uint32_t>(__builtin_popcount(x)); });
   }
   if (base == "min" || base == "max" || base == "div" || base == "rem" || base == "neg")
     return of_integer(plain(), [&](auto zero) -> Handler {

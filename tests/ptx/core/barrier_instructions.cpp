@@ -14,13 +14,6 @@ struct NamedOperands {
   bool has_count;
 };
 
-uint32_t uniform(Warp& warp, const Operand& operand) {
-  const uint64_t first = warp.get(operand, 0);
-  for (uint32_t lane = 1; lane < warp_size; ++lane)
-    if (warp.get(operand, lane) != first) fault("an operand differs among the lanes");
-  return static_cast<uint32_t>(first);
-}
-
 // Arrives; whether this completes the barrier.
 void arrive(Warp& warp, NamedBarrier& barrier, uint32_t count, bool any) {
   if (count == 0 || count % warp_size != 0 || count > warp.block.shape.threads)
@@ -30,7 +23,8 @@ void arrive(Warp& warp, NamedBarrier& barrier, uint32_t count, bool any) {
   barrier.expected = count;
   barrier.arrived += warp_size;
   barrier.any |= any;
-  for_each_lane(warp.live, [&](uint32_t lane) { warp.block.release(warp, lane, barrier.arriving); });
+  for_each_lane(warp.live,
+                [&](uint32_t lane) { warp.block.release(warp, lane, barrier.arriving); });
   if (barrier.arrived < barrier.expected) return;
   barrier.arrived = 0;
   ++barrier.generation;
@@ -43,13 +37,15 @@ void arrive(Warp& warp, NamedBarrier& barrier, uint32_t count, bool any) {
 // bar.sync and bar.red: whether the barrier is complete.
 bool synchronise(Warp& warp, uint32_t mask, const NamedOperands& operands, bool any) {
   warp.must_be_whole(mask);
-  const uint32_t id = uniform(warp, operands.id);
+  const auto id = static_cast<uint32_t>(warp.uniform(operands.id));
   if (id >= 16) fault("there is no barrier %u", id);
   NamedBarrier& barrier = warp.block.named[id];
   if (!warp.at_named_barrier) {
     warp.at_named_barrier = {id, barrier.generation};
     arrive(warp, barrier,
-           operands.has_count ? uniform(warp, operands.count) : warp.block.shape.threads, any);
+           operands.has_count ? static_cast<uint32_t>(warp.uniform(operands.count))
+                              : warp.block.shape.threads,
+           any);
   }
   if (barrier.generation == warp.at_named_barrier->second)
     return warp.wait("barrier " + std::to_string(id));
@@ -75,9 +71,9 @@ Handler decode_bar(Instruction& i) {
     all_are_read(i);
     return [o = i.operands](Warp& warp, uint32_t mask) {
       warp.must_be_whole(mask);
-      const uint32_t id = uniform(warp, o[0]);
+      const auto id = static_cast<uint32_t>(warp.uniform(o[0]));
       if (id >= 16) fault("there is no barrier %u", id);
-      arrive(warp, warp.block.named[id], uniform(warp, o[1]), false);
+      arrive(warp, warp.block.named[id], static_cast<uint32_t>(warp.uniform(o[1])), false);
       return true;
     };
   }
@@ -91,8 +87,9 @@ Handler decode_bar(Instruction& i) {
     bool any = false;
     for_each_lane(mask, [&](uint32_t lane) { any |= warp.predicate(o[3], lane); });
     if (!synchronise(warp, mask, {o[1], o[2], true}, any)) return false;
-    const uint32_t id = uniform(warp, o[1]);
-    for_each_lane(mask, [&](uint32_t lane) { warp.set(o[0], lane, warp.block.named[id].any_before); });
+    const auto id = static_cast<uint32_t>(warp.uniform(o[1]));
+    for_each_lane(mask,
+                  [&](uint32_t lane) { warp.set(o[0], lane, warp.block.named[id].any_before); });
     return true;
   };
 }
@@ -100,7 +97,7 @@ Handler decode_bar(Instruction& i) {
 // mbarriers ---------------------------------------------------------------------------------------
 
 uint32_t address_of(Warp& warp, const Operand& operand, uint32_t lane) {
-  return static_cast<uint32_t>(warp.get(operand.parts[0], lane) + operand.value);
+  return static_cast<uint32_t>(warp.address(operand, lane));
 }
 
 Mbarrier& known_barrier(Warp& warp, const Operand& operand, uint32_t lane) {
@@ -149,7 +146,8 @@ Handler decode_mbarrier(Instruction& i) {
   }
   if (what == "arrive") {
     need_operands(i, expects ? 3 : 2, 3);
-    if (i.operands[0].kind != Operand::Kind::sink) fault("the state of an mbarrier is not modelled");
+    if (i.operands[0].kind != Operand::Kind::sink)
+      fault("the state of an mbarrier is not modelled");
     all_are_read(i);
     return [expects, o = i.operands](Warp& warp, uint32_t mask) {
       for_each_lane(mask, [&](uint32_t lane) {

@@ -45,7 +45,8 @@ struct Mbarrier {
 
  private:
   void check_bytes() const {
-    if (bytes > most_bytes || bytes < -most_bytes) fault("the tx-count of an mbarrier is out of range");
+    if (bytes > most_bytes || bytes < -most_bytes)
+      fault("the tx-count of an mbarrier is out of range");
   }
   bool complete() {
     if (pending != 0 || bytes != 0) return false;

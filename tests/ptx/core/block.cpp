@@ -2,8 +2,6 @@
 
 #include <cstdio>
 
-#include "special.h"
-
 namespace gna::ptx {
 
 // A warp ------------------------------------------------------------------------------------------
@@ -22,9 +20,17 @@ Warp::Warp(Block& block, uint32_t index) : block(block), index(index) {
 
 const Instruction& Warp::instruction() const { return block.kernel.code[paths.back().at]; }
 
+uint64_t Warp::uniform(const Operand& operand) {
+  const uint64_t first = get(operand, 0);
+  for (uint32_t lane = 1; lane < warp_size; ++lane)
+    if (get(operand, lane) != first) fault("an operand differs among the lanes");
+  return first;
+}
+
 void Warp::must_be_whole(uint32_t mask) const {
   if (mask != live)
-    fault("only lanes %08x of the warp's %08x execute this instruction, which is for all", mask, live);
+    fault("only lanes %08x of the warp's %08x execute this instruction, which is for all", mask,
+          live);
 }
 
 bool Warp::wait(std::string why) {
@@ -120,7 +126,8 @@ void Warp::leave(uint32_t lanes) {
 }
 
 void Warp::settle() {
-  while (!paths.empty() && (paths.back().mask == 0 || paths.back().at == paths.back().reconvergence))
+  while (!paths.empty() &&
+         (paths.back().mask == 0 || paths.back().at == paths.back().reconvergence))
     paths.pop_back();
 }
 
@@ -144,8 +151,9 @@ uint32_t registers_at_launch(uint32_t threads) { return std::min(255u, 65536 / t
 
 }  // namespace
 
-Block::Block(const Kernel& kernel, const LaunchShape& shape, uint32_t index, const GlobalMemory& global,
-             std::vector<uint8_t>& parameters, Schedule& schedule, Statistics& statistics)
+Block::Block(const Kernel& kernel, const LaunchShape& shape, uint32_t index,
+             const GlobalMemory& global, std::vector<uint8_t>& parameters, Schedule& schedule,
+             Statistics& statistics)
     : kernel(kernel),
       shape(shape),
       block_index(index),
@@ -162,7 +170,7 @@ Block::Block(const Kernel& kernel, const LaunchShape& shape, uint32_t index, con
       threads(shape.threads),
       named(16),
       leader_seed(schedule.below(warp_size)),
-      tensor_memory(std::make_unique<TensorMemory>()) {
+      tensor(make_tensor_state()) {
   if (shape.threads == 0 || shape.threads % warp_size != 0 || shape.threads > 1024)
     fault("a block of %u threads", shape.threads);
   if (kernel.max_threads != 0 && shape.threads > kernel.max_threads)
@@ -178,7 +186,6 @@ Block::Block(const Kernel& kernel, const LaunchShape& shape, uint32_t index, con
     warps.emplace_back(*this, i);
     warps.back().register_limit = registers_at_launch(shape.threads);
   }
-  tensor = make_tensor_state();
 }
 
 void Block::run(uint64_t most_instructions) {
@@ -223,8 +230,8 @@ void Block::run(uint64_t most_instructions) {
     std::string text = error.what();
     if (current != nullptr && !current->paths.empty())
       text = "warp " + std::to_string(current->index) + ", line " +
-             std::to_string(current->instruction().line) + ", " + current->instruction().text + ": " +
-             text;
+             std::to_string(current->instruction().line) + ", " + current->instruction().text +
+             ": " + text;
     throw Fault(text + "\n" + state());
   }
 }
@@ -241,7 +248,7 @@ void Block::check_end() {
       fault("the mbarrier at %u still waits for %lld bytes at the end", address - shared_base,
             static_cast<long long>(barrier.bytes));
   while (!async.empty()) finish_async();
-  tensor_memory->check_all_freed();
+  tensor_memory.check_all_freed();
 }
 
 void Block::start(uint64_t queue, const Warp& warp, std::function<void()> work) {

@@ -1,5 +1,5 @@
-// One thread block: its warps, its memories, its barriers and what its asynchronous units still have
-// to do; and the scheduler that decides, from a seed, who goes next.
+// One thread block: its warps, its memories, its barriers and what its asynchronous units still
+// have to do; and the scheduler that decides, from a seed, who goes next.
 #pragma once
 
 #include <deque>
@@ -97,6 +97,12 @@ struct Warp {
   bool predicate(const Operand& operand, uint32_t lane) {
     return (get(operand, lane) != 0) != operand.negated;
   }
+  // An operand that must be the same in all lanes.
+  uint64_t uniform(const Operand& operand);
+  // [base + offset]
+  uint64_t address(const Operand& operand, uint32_t lane) {
+    return get(operand.parts[0], lane) + operand.value;
+  }
   Thread& thread(uint32_t lane);
   uint32_t thread_index(uint32_t lane) const { return index * warp_size + lane; }
   // For instructions marked .aligned, which all lanes must execute together.
@@ -134,7 +140,8 @@ struct Schedule {
   std::mt19937_64 random;
   bool by_priority;        // else warps take turns at random
   uint32_t longest_burst;  // instructions of a warp in a row
-  double async_rate;       // chance, before each burst, that a unit finishes something; 0: only when stuck
+  double
+      async_rate;  // chance, before each burst, that a unit finishes something; 0: only when stuck
 
   explicit Schedule(uint64_t seed);
   uint32_t below(uint32_t bound) { return static_cast<uint32_t>(random() % bound); }
@@ -169,8 +176,8 @@ struct Block {
   uint64_t events = 0;  // anything that a waiting warp may wait for
   uint32_t leader_seed;
 
-  std::unique_ptr<TensorMemory> tensor_memory;
-  struct TensorState;
+  TensorMemory tensor_memory;
+  struct TensorState;  // who touched which cell
   std::shared_ptr<TensorState> tensor;
 
   Block(const Kernel& kernel, const LaunchShape& shape, uint32_t index, const GlobalMemory& global,
@@ -188,6 +195,8 @@ struct Block {
  private:
   void check_end();
 };
+
+std::shared_ptr<Block::TensorState> make_tensor_state();
 
 inline Thread& Warp::thread(uint32_t lane) { return block.threads[thread_index(lane)]; }
 

@@ -19,7 +19,7 @@ struct Box {
 // [map, {coordinates}]
 Box box_of(Warp& warp, const Operand& operand, uint32_t rank, uint32_t lane) {
   Block& block = warp.block;
-  const uint64_t address = warp.get(operand.parts[0], lane) + operand.value;
+  const uint64_t address = warp.address(operand, lane);
   const uint8_t* bytes = nullptr;
   if (address >= param_window) {
     const uint64_t offset = address - param_window;
@@ -42,7 +42,7 @@ Box box_of(Warp& warp, const Operand& operand, uint32_t rank, uint32_t lane) {
 }
 
 uint32_t shared_address(Warp& warp, const Operand& operand, uint32_t lane) {
-  return static_cast<uint32_t>(warp.get(operand.parts[0], lane) + operand.value);
+  return static_cast<uint32_t>(warp.address(operand, lane));
 }
 
 void check_global(Block& block, const BoxCopy& copy, bool writes) {
@@ -60,7 +60,8 @@ void start_load(Warp& warp, const Instruction& i, uint32_t rank, uint32_t lane) 
           barrier_address);
   const BoxCopy copy = touched(box.map, box.coordinates, to);
   check_global(block, copy, false);
-  block.shared.begin_write_async(warp.thread_index(lane), warp.thread(lane).knows, copy.shared, i.line);
+  block.shared.begin_write_async(warp.thread_index(lane), warp.thread(lane).knows, copy.shared,
+                                 i.line);
   ++block.statistics.loads;
   block.start(block.next_queue++, warp, [&block, box, copy, to, barrier_address, line = i.line] {
     load_box(box.map, box.coordinates, block.shared.memory(), to);
@@ -91,7 +92,8 @@ void start_store(Warp& warp, const Instruction& i, uint32_t rank, uint32_t lane)
     std::memcpy(bytes->data() + from, block.shared.at(from, end - from), end - from);
     store->has_read = true;
     write.run = [box, store, from, bytes] {
-      store_box(box.map, box.coordinates, {bytes->data(), static_cast<uint32_t>(bytes->size())}, from);
+      store_box(box.map, box.coordinates, {bytes->data(), static_cast<uint32_t>(bytes->size())},
+                from);
       store->has_written = true;
     };
     block.async.push_back(std::move(write));
@@ -118,7 +120,8 @@ Handler decode_tensor_copy(Instruction& i) {
   modifiers.done();
   need_operands(i, loads ? 3 : 2, loads ? 3 : 2);
   const Operand& tensor = i.operands[loads ? 1 : 0];
-  if (tensor.parts.size() != 2 || tensor.parts[1].parts.size() != rank) fault("not %u coordinates", rank);
+  if (tensor.parts.size() != 2 || tensor.parts[1].parts.size() != rank)
+    fault("not %u coordinates", rank);
   all_are_read(i);
   return [loads, rank](Warp& warp, uint32_t mask) {
     for_each_lane(mask, [&](uint32_t lane) {
@@ -169,7 +172,8 @@ Handler decode_wait(Instruction& i) {
   if (i.operands[0].kind != Operand::Kind::immediate) fault("the count is not an immediate");
   return [read, pending = static_cast<uint32_t>(i.operands[0].value)](Warp& warp, uint32_t mask) {
     bool ready = true;
-    for_each_lane(mask, [&](uint32_t lane) { ready = ready && await_stores(warp, lane, pending, read); });
+    for_each_lane(mask,
+                  [&](uint32_t lane) { ready = ready && await_stores(warp, lane, pending, read); });
     return ready;
   };
 }

@@ -1,4 +1,5 @@
-// Running a kernel: all blocks of a launch, one after another in an order that follows from the seed.
+// Running a kernel: all blocks of a launch, one after another in an order that follows from the
+// seed.
 #pragma once
 
 #include <algorithm>

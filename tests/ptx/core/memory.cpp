@@ -60,10 +60,6 @@ void check_vector(const Access& access, const Operand& operand) {
   if (parts != access.count) fault("%zu registers for %u elements", parts, access.count);
 }
 
-uint64_t address_of(Warp& warp, const Operand& operand, uint32_t lane) {
-  return warp.get(operand.parts[0], lane) + operand.value;
-}
-
 void check_alignment(uint64_t address, uint32_t bytes) {
   if (address % bytes != 0)
     fault("address %#llx is not a multiple of %u", static_cast<unsigned long long>(address), bytes);
@@ -71,7 +67,7 @@ void check_alignment(uint64_t address, uint32_t bytes) {
 
 void load(Warp& warp, const Access& access, const Operand& to, const Operand& from, uint32_t lane) {
   Block& block = warp.block;
-  uint64_t address = address_of(warp, from, lane);
+  uint64_t address = warp.address(from, lane);
   const Space space = resolve(access.space, address);
   if (space == Space::shared) address &= 0xffffffff;
   check_alignment(address, access.bytes * access.count);
@@ -82,7 +78,8 @@ void load(Warp& warp, const Access& access, const Operand& to, const Operand& fr
     const uint8_t* bytes = nullptr;
     if (space == Space::shared) {
       const auto at = static_cast<uint32_t>(address);
-      block.shared.read(warp.thread_index(lane), warp.clock, warp.thread(lane).knows, at, access.bytes);
+      block.shared.read(warp.thread_index(lane), warp.clock, warp.thread(lane).knows, at,
+                        access.bytes);
       bytes = block.shared.at(at, access.bytes);
     } else if (space == Space::param) {
       if (address + access.bytes > block.parameters.size())
@@ -103,7 +100,8 @@ void load(Warp& warp, const Access& access, const Operand& to, const Operand& fr
   }
 }
 
-void store(Warp& warp, Space given, uint64_t address, const void* bytes, uint32_t count, uint32_t lane) {
+void store(Warp& warp, Space given, uint64_t address, const void* bytes, uint32_t count,
+           uint32_t lane) {
   Block& block = warp.block;
   const Space space = resolve(given, address);
   if (space == Space::shared) {
@@ -140,7 +138,7 @@ Handler decode_st(Instruction& i) {
   all_are_read(i);
   return [access, to = i.operands[0], from = i.operands[1]](Warp& warp, uint32_t mask) {
     for_each_lane(mask, [&](uint32_t lane) {
-      const uint64_t address = address_of(warp, to, lane);
+      const uint64_t address = warp.address(to, lane);
       check_alignment(address, access.bytes * access.count);
       for (uint32_t e = 0; e < access.count; ++e) {
         const uint64_t value = warp.get(part(from, e), lane);
@@ -161,7 +159,7 @@ Handler decode_atom(Instruction& i) {
   first_is_written(i);
   return [d = i.operands[0], a = i.operands[1], b = i.operands[2]](Warp& warp, uint32_t mask) {
     for_each_lane(mask, [&](uint32_t lane) {
-      const uint64_t address = address_of(warp, a, lane);
+      const uint64_t address = warp.address(a, lane);
       check_alignment(address, 4);
       warp.block.global.check(address, 4, true);
       auto& number = *reinterpret_cast<uint32_t*>(address);
@@ -172,8 +170,8 @@ Handler decode_atom(Instruction& i) {
   };
 }
 
-// Each lane stores two elements of a row of each matrix: lane l the columns 2 (l % 4) and one more of
-// row l / 4. Lanes 8 m to 8 m + 7 give the addresses of the rows of matrix m.
+// Each lane stores two elements of a row of each matrix: lane l the columns 2 (l % 4) and one more
+// of row l / 4. Lanes 8 m to 8 m + 7 give the addresses of the rows of matrix m.
 Handler decode_stmatrix(Instruction& i) {
   Modifiers modifiers(i);
   for (const char* part : {"sync", "aligned", "m8n8", "x4", "b16"}) modifiers.need(part);
@@ -186,7 +184,7 @@ Handler decode_stmatrix(Instruction& i) {
     warp.must_be_whole(mask);
     for (uint32_t matrix = 0; matrix < 4; ++matrix)
       for (uint32_t lane = 0; lane < warp_size; ++lane) {
-        const uint64_t row = address_of(warp, to, 8 * matrix + lane / 4);
+        const uint64_t row = warp.address(to, 8 * matrix + lane / 4);
         check_alignment(row, 16);
         const auto bits = static_cast<uint32_t>(warp.get(from.parts[matrix], lane));
         store(warp, space, row + lane % 4 * 4, &bits, 4, lane);

@@ -15,7 +15,8 @@ struct Token {
 };
 
 bool is_word(char c) {
-  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' ||
+         c == '.';
 }
 
 std::vector<Token> tokenize(const std::string& text) {
@@ -36,7 +37,8 @@ std::vector<Token> tokenize(const std::string& text) {
       size_t end = i;
       // "::" belongs to a modifier, ":" ends a label.
       while (end < text.size() &&
-             (is_word(text[end]) || (text[end] == ':' && (text[end + 1] == ':' || text[end - 1] == ':'))))
+             (is_word(text[end]) ||
+              (text[end] == ':' && (text[end + 1] == ':' || text[end - 1] == ':'))))
         ++end;
       tokens.push_back({text.substr(i, end - i), line});
       i = end;
@@ -124,8 +126,10 @@ class Parser {
     alignment = std::max(alignment, element);
     Parameter made{take(), 0, element};
     if (take_if("[")) {
-      if (!at("]")) made.bytes *= number();
-      else made.bytes = 0;
+      if (!at("]"))
+        made.bytes *= number();
+      else
+        made.bytes = 0;
       expect("]");
     }
     return made;
@@ -380,8 +384,8 @@ class Parser {
     fault("unknown name %s", name.c_str());
   }
 
-  // The immediate post-dominators of branches, by the method of Cooper, Harvey and Kennedy ("A simple,
-  // fast dominance algorithm") on the reversed graph of instructions.
+  // The immediate post-dominators of branches, by the method of Cooper, Harvey and Kennedy ("A
+  // simple, fast dominance algorithm") on the reversed graph of instructions.
   static void find_reconvergence(std::vector<Instruction>& code) {
     const auto count = static_cast<uint32_t>(code.size());
     const uint32_t exit = count, unknown = count + 1;

@@ -1,6 +1,6 @@
-// A stand-in for the CUDA runtime: the entry points that the host code of a launch uses, and what nvcc
-// emits for <<<>>>. A launch ends in the interpreter with its real parameters. Beside them, the C
-// interface that the tests use.
+// A stand-in for the CUDA runtime: the entry points that the host code of a launch uses, and what
+// nvcc emits for <<<>>>. A launch ends in the interpreter with its real parameters. Beside them,
+// the C interface that the tests use.
 //
 // A "device pointer" is an address of this process that the tests have registered.
 #include <cstring>
@@ -59,8 +59,8 @@ int fail(int code, const std::string& message) {
   return runtime().error = code;
 }
 
-// The first PTX entry of a fat binary: header {magic u32, version u16, bytes of it u16, size u64}, then
-// entries {kind u16, version u16, bytes of the header u32, size u64, ...}.
+// The first PTX entry of a fat binary: header {magic u32, version u16, bytes of it u16, size u64},
+// then entries {kind u16, version u16, bytes of the header u32, size u64, ...}.
 std::string ptx_of(const uint8_t* fat_binary) {
   const auto number = [](const uint8_t* at, size_t bytes) {
     uint64_t value = 0;
@@ -86,7 +86,8 @@ int launch(Function& function, Dim3 grid, Dim3 block, void** arguments, size_t s
   Runtime& it = runtime();
   if (it.error != success) return it.error;
   try {
-    if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1) fault("a grid of more than one axis");
+    if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1)
+      fault("a grid of more than one axis");
     if (shared > function.most_dynamic_shared)
       fault("%zu bytes of dynamic shared memory where %u are allowed", shared,
             function.most_dynamic_shared);
@@ -114,8 +115,8 @@ int encode(TensorMap* map, uint32_t type, uint32_t rank, void* address, const ui
            uint32_t swizzle, uint32_t l2_promotion, uint32_t fill) {
   const char* why = nullptr;
   const EncodeResult result =
-      encode_tiled(map, type, rank, reinterpret_cast<uint64_t>(address), extents, strides, box, steps,
-                   interleave, swizzle, l2_promotion, fill, &why);
+      encode_tiled(map, type, rank, reinterpret_cast<uint64_t>(address), extents, strides, box,
+                   steps, interleave, swizzle, l2_promotion, fill, &why);
   if (why != nullptr) runtime().message = std::string("cuTensorMapEncodeTiled: ") + why;
   return static_cast<int>(result);
 }
@@ -136,8 +137,8 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 
-void __cudaRegisterFunction(void** module, const char* stub, char*, const char* name, int, void*, void*,
-                            void*, void*, int*) {
+void __cudaRegisterFunction(void** module, const char* stub, char*, const char* name, int, void*,
+                            void*, void*, void*, int*) {
   runtime().functions[stub] = {name, reinterpret_cast<Module*>(module), 48 * 1024};
 }
 
@@ -158,10 +159,12 @@ int __cudaGetKernel(void** kernel, const void* stub) {
   *kernel = &found->second;
   return success;
 }
-int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** arguments, size_t shared, void*) {
+int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** arguments, size_t shared,
+                       void*) {
   return launch(*static_cast<Function*>(kernel), grid, block, arguments, shared);
 }
-int cudaLaunchKernel(const void* stub, Dim3 grid, Dim3 block, void** arguments, size_t shared, void*) {
+int cudaLaunchKernel(const void* stub, Dim3 grid, Dim3 block, void** arguments, size_t shared,
+                     void*) {
   void* kernel = nullptr;
   if (__cudaGetKernel(&kernel, stub) != success) return fail(invalid_value, "an unknown kernel");
   return __cudaLaunchKernel(kernel, grid, block, arguments, shared, nullptr);
@@ -182,7 +185,8 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
   else if (attribute == major || attribute == minor)
     *value = runtime().capability[attribute - major];
   else
-    return fail(invalid_value, "device attribute " + std::to_string(attribute) + " is not modelled");
+    return fail(invalid_value,
+                "device attribute " + std::to_string(attribute) + " is not modelled");
   return success;
 }
 int cudaFuncSetAttribute(const void* stub, int attribute, int value) {
@@ -193,8 +197,8 @@ int cudaFuncSetAttribute(const void* stub, int attribute, int value) {
   found->second.most_dynamic_shared = static_cast<uint32_t>(value);
   return success;
 }
-int cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
-                                     int* status) {
+int cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                     unsigned long long, int* status) {
   constexpr int found = 0, missing = 1;
   const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
   *function = known ? reinterpret_cast<void*>(&encode) : nullptr;
@@ -210,7 +214,8 @@ const char* cudaGetErrorString(int) { return runtime().message.c_str(); }
 
 // What the tests call -----------------------------------------------------------------------------
 
-void ptx_configure(uint64_t seed, uint64_t most_instructions, int multiprocessors, int major, int minor) {
+void ptx_configure(uint64_t seed, uint64_t most_instructions, int multiprocessors, int major,
+                   int minor) {
   Runtime& it = runtime();
   it.seed = seed;
   it.most_instructions = most_instructions;
@@ -237,7 +242,8 @@ void ptx_statistics(uint64_t* counts) {
   std::copy(std::begin(all), std::end(all), counts);
 }
 
-// The text of the module that has this kernel, its name being part of the mangled one; null if none.
+// The text of the module that has this kernel, its name being part of the mangled one; null if
+// none.
 const char* ptx_module_text(const char* kernel) {
   for (const auto& [stub, function] : runtime().functions)
     if (function.name.find(kernel) != std::string::npos) return function.module->text.c_str();

@@ -22,47 +22,53 @@ class SharedState {
 
   // Accesses of a thread by ordinary instructions -------------------------------------------------
 
-  void read(uint32_t thread, uint32_t clock, const Knowledge& knows, uint32_t begin, uint32_t count) {
+  void read(uint32_t thread, uint32_t clock, const Knowledge& knows, uint32_t begin,
+            uint32_t count) {
     at(begin, count);
     for (uint32_t b = begin; b < begin + count; ++b) {
       const Write& last = writes_[b];
       check_plain(b, "reads");
       if (last.line == 0) fault("reads byte %u of shared memory, which nothing has written", b);
       if (last.slot != thread && knows.seen[last.slot] < last.clock)
-        fault("reads byte %u of shared memory, which %s has written without a synchronisation since", b,
-              author(last).c_str());
+        fault(
+            "reads byte %u of shared memory, which %s has written without a synchronisation since",
+            b, author(last).c_str());
       reads_[thread / 32][b] = clock;
     }
   }
 
-  void write(uint32_t thread, uint32_t clock, const Knowledge& knows, uint32_t begin, uint32_t count,
-             int line) {
+  void write(uint32_t thread, uint32_t clock, const Knowledge& knows, uint32_t begin,
+             uint32_t count, int line) {
     at(begin, count);
     for (uint32_t b = begin; b < begin + count; ++b) {
       Write& last = writes_[b];
       check_plain(b, "writes");
       check_idle(b, "writes");
       if (last.slot != thread && knows.seen[last.slot] < last.clock)
-        fault("writes byte %u of shared memory, which %s has written without a synchronisation since", b,
-              author(last).c_str());
+        fault(
+            "writes byte %u of shared memory, which %s has written without a synchronisation since",
+            b, author(last).c_str());
       check_read(b, knows, thread / 32, "writes");
       last = {thread, clock, line, last.reading, false, false};
     }
   }
 
-  // Accesses of the asynchronous proxy, when they are issued by a thread ---------------------------
+  // Accesses of the asynchronous proxy, when they are issued by a thread
+  // ---------------------------
 
   void read_async(uint32_t thread, const Knowledge& knows, const ByteRanges& ranges) {
     each(ranges, [&](uint32_t b) {
       const Write& last = writes_[b];
       check_plain(b, "has an asynchronous unit read");
       if (last.line == 0)
-        fault("has an asynchronous unit read byte %u of shared memory, which nothing has written", b);
+        fault("has an asynchronous unit read byte %u of shared memory, which nothing has written",
+              b);
       check_known(b, thread, knows, "read");
     });
   }
 
-  void begin_write_async(uint32_t thread, const Knowledge& knows, const ByteRanges& ranges, int line) {
+  void begin_write_async(uint32_t thread, const Knowledge& knows, const ByteRanges& ranges,
+                         int line) {
     each(ranges, [&](uint32_t b) {
       Write& last = writes_[b];
       check_plain(b, "has an asynchronous unit write");
@@ -93,14 +99,15 @@ class SharedState {
   // A thread of the warp knows by now that reads have ended.
   void note_read(uint32_t warp, uint32_t clock, const ByteRanges& ranges) {
     for (const ByteRange& range : ranges)
-      std::fill(&reads_[warp][range.begin], &reads_[warp][range.begin] + (range.end - range.begin), clock);
+      std::fill(&reads_[warp][range.begin], &reads_[warp][range.begin] + (range.end - range.begin),
+                clock);
   }
   // The tensor core reads these bytes in its operation number `clock`.
   void note_tensor_read(uint32_t clock, const ByteRanges& ranges) {
     if (tensor_reads_.empty()) tensor_reads_.resize(bytes_.size());
     for (const ByteRange& range : ranges)
-      std::fill(&tensor_reads_[range.begin], &tensor_reads_[range.begin] + (range.end - range.begin),
-                clock);
+      std::fill(&tensor_reads_[range.begin],
+                &tensor_reads_[range.begin] + (range.end - range.begin), clock);
   }
 
   // Eight bytes become an mbarrier: opaque to ordinary accesses.
@@ -127,32 +134,37 @@ class SharedState {
   std::string author(const Write& write) const {
     const std::string line = " (line " + std::to_string(write.line) + ")";
     if (write.slot < slots_.threads)
-      return "thread " + std::to_string(write.slot) + " of warp " + std::to_string(write.slot / 32) + line;
+      return "thread " + std::to_string(write.slot) + " of warp " +
+             std::to_string(write.slot / 32) + line;
     return "a copy" + line;
   }
 
   void check_plain(uint32_t b, const char* doing) const {
-    if (writes_[b].barrier) fault("%s byte %u of shared memory, which is part of an mbarrier", doing, b);
+    if (writes_[b].barrier)
+      fault("%s byte %u of shared memory, which is part of an mbarrier", doing, b);
     if (writes_[b].writing)
-      fault("%s byte %u of shared memory, which the copy of line %d is still going to write", doing, b,
-            writes_[b].line);
+      fault("%s byte %u of shared memory, which the copy of line %d is still going to write", doing,
+            b, writes_[b].line);
   }
   void check_idle(uint32_t b, const char* doing) const {
     if (writes_[b].reading != 0)
-      fault("%s byte %u of shared memory, which an asynchronous unit may still be reading", doing, b);
+      fault("%s byte %u of shared memory, which an asynchronous unit may still be reading", doing,
+            b);
   }
 
   // The last write is visible to the asynchronous proxy by what the issuing thread knows.
   void check_known(uint32_t b, uint32_t thread, const Knowledge& knows, const char* doing) const {
     const Write& last = writes_[b];
     if (last.slot != thread && knows.seen[last.slot] < last.clock)
-      fault("has an asynchronous unit %s byte %u of shared memory, which %s has written without a "
-            "synchronisation since",
-            doing, b, author(last).c_str());
+      fault(
+          "has an asynchronous unit %s byte %u of shared memory, which %s has written without a "
+          "synchronisation since",
+          doing, b, author(last).c_str());
     if (last.slot < slots_.threads && knows.proxied[last.slot] < last.clock)
-      fault("has an asynchronous unit %s byte %u of shared memory, which %s has written without a "
-            "fence.proxy.async since",
-            doing, b, author(last).c_str());
+      fault(
+          "has an asynchronous unit %s byte %u of shared memory, which %s has written without a "
+          "fence.proxy.async since",
+          doing, b, author(last).c_str());
   }
 
   // Earlier reads have happened before, by what the thread knows of any lane of the reading warps.

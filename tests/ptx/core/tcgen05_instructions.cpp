@@ -1,12 +1,11 @@
 // Blackwell's matrix unit and its tensor memory.
 //
-// PTX ISA 9.7.16, "TensorCore 5th generation family instructions": 9.7.16.6 (memory consistency: which
-// instructions wait for, fence or pipeline others), .7 (allocation), .8 (ld, st, wait), .10 (mma), .11
-// (fences), .12 (commit).
+// PTX ISA 9.7.16, "TensorCore 5th generation family instructions": 9.7.16.6 (memory consistency:
+// which instructions wait for, fence or pipeline others), .7 (allocation), .8 (ld, st, wait), .10
+// (mma), .11 (fences), .12 (commit).
 #include "../units/tcgen05.h"
 #include "block.h"
 #include "decode.h"
-#include "special.h"
 
 namespace gna::ptx {
 
@@ -27,7 +26,7 @@ struct Block::TensorState {
   struct Cell {
     uint32_t slot = 0, clock = 0;  // of the last write
     int line = 0;
-    uint32_t product = 0;   // number of the last one that reads it
+    uint32_t product = 0;    // number of the last one that reads it
     uint32_t reads[8] = {};  // clocks of the warps that can, by rank of their warpgroup
   };
   std::vector<Cell> cells = std::vector<Cell>(tensor_lanes * tensor_columns);
@@ -70,15 +69,16 @@ struct Accessor {
     else
       known = knows().tensor[cell.slot] >= cell.clock;
     if (!known)
-      fault("%s lane %u of column %u of tensor memory, which line %d has written without what orders "
-            "the two (a wait, fences, a barrier) since",
-            doing, row, column, cell.line);
+      fault(
+          "%s lane %u of column %u of tensor memory, which line %d has written without what orders "
+          "the two (a wait, fences, a barrier) since",
+          doing, row, column, cell.line);
   }
 
   void check_read(const Cell& cell, uint32_t row, uint32_t column, const char* doing) const {
     if (!multiplies && knows().tensor[block.slots.tensor_core()] < cell.product)
-      fault("%s lane %u of column %u of tensor memory, which a product may still be reading", doing, row,
-            column);
+      fault("%s lane %u of column %u of tensor memory, which a product may still be reading", doing,
+            row, column);
     for (uint32_t group = 0; group < 8; ++group) {
       const uint32_t clock = cell.reads[group];
       if (clock == 0) continue;
@@ -88,22 +88,17 @@ struct Accessor {
                              ? clock != Block::TensorState::unfinished
                              : *std::max_element(first, first + warp_size) >= clock;
       if (!known)
-        fault("%s lane %u of column %u of tensor memory, which warp %u has read without what orders the "
-              "two (a wait, fences, a barrier) since",
-              doing, row, column, reader);
+        fault(
+            "%s lane %u of column %u of tensor memory, which warp %u has read without what orders "
+            "the "
+            "two (a wait, fences, a barrier) since",
+            doing, row, column, reader);
     }
   }
 };
 
-uint32_t uniform(Warp& warp, const Operand& operand) {
-  const uint64_t first = warp.get(operand, 0);
-  for (uint32_t lane = 1; lane < warp_size; ++lane)
-    if (warp.get(operand, lane) != first) fault("an operand differs among the lanes");
-  return static_cast<uint32_t>(first);
-}
-
 uint32_t uniform_address(Warp& warp, const Operand& operand) {
-  return uniform(warp, operand.parts[0]) + static_cast<uint32_t>(operand.value);
+  return static_cast<uint32_t>(warp.uniform(operand.parts[0]) + operand.value);
 }
 
 // Allocation --------------------------------------------------------------------------------------
@@ -119,7 +114,7 @@ Handler decode_alloc(Instruction& i, Modifiers& modifiers) {
   return [o = i.operands](Warp& warp, uint32_t mask) {
     warp.must_be_whole(mask);
     Block& block = warp.block;
-    const auto found = block.tensor_memory->allocate(uniform(warp, o[1]));
+    const auto found = block.tensor_memory.allocate(static_cast<uint32_t>(warp.uniform(o[1])));
     if (!found) return warp.wait("tensor memory");
     const uint32_t to = uniform_address(warp, o[0]);
     if (to % 4 != 0) fault("address %u is not a multiple of 4", to);
@@ -139,8 +134,9 @@ Handler decode_dealloc(Instruction& i, Modifiers& modifiers) {
   return [o = i.operands](Warp& warp, uint32_t mask) {
     warp.must_be_whole(mask);
     Block& block = warp.block;
-    const uint32_t address = uniform(warp, o[0]), columns = uniform(warp, o[1]);
-    block.tensor_memory->deallocate(address, columns);
+    const auto address = static_cast<uint32_t>(warp.uniform(o[0]));
+    const auto columns = static_cast<uint32_t>(warp.uniform(o[1]));
+    block.tensor_memory.deallocate(address, columns);
     // All accesses must be over; no fence is needed for that.
     const Clock& seen = warp.thread(0).knows.seen;
     block.tensor->each(
@@ -223,7 +219,7 @@ Handler decode_load(Instruction& i, Modifiers& modifiers) {
     started->cells = access.range();
     started->clock = warp.clock;
     started->instruction = &warp.instruction();
-    block.tensor_memory->check_allocated(started->cells, "tcgen05.ld");
+    block.tensor_memory.check_allocated(started->cells, "tcgen05.ld");
     block.tensor->each(started->cells, [&](Cell& cell, uint32_t row, uint32_t column) {
       Accessor{block, warp, row % warp_size}.check_written(cell, row, column, "reads");
       cell.reads[warp.index / 4] = Block::TensorState::unfinished;
@@ -236,7 +232,7 @@ Handler decode_load(Instruction& i, Modifiers& modifiers) {
     warp.tensor_loads.push_back(started);
     block.start(queue_of(warp, true), warp, [&block, &warp, access, started] {
       const Operand& to = started->instruction->operands[0];
-      access.load(*block.tensor_memory, [&](uint32_t lane, uint32_t r, uint32_t bits) {
+      access.load(block.tensor_memory, [&](uint32_t lane, uint32_t r, uint32_t bits) {
         warp.lanes_of(register_of(to, r).index)[lane] = bits;
       });
       started->done = true;
@@ -262,7 +258,7 @@ Handler decode_store(Instruction& i, Modifiers& modifiers) {
     for (uint32_t lane = 0; lane < warp_size; ++lane)
       for (uint32_t r = 0; r < count; ++r)
         started->values.push_back(static_cast<uint32_t>(warp.get(register_of(o[1], r), lane)));
-    block.tensor_memory->check_allocated(started->cells, "tcgen05.st");
+    block.tensor_memory.check_allocated(started->cells, "tcgen05.st");
     block.tensor->each(started->cells, [&](Cell& cell, uint32_t row, uint32_t column) {
       const Accessor by{block, warp, row % warp_size};
       by.check_written(cell, row, column, "writes");
@@ -271,12 +267,11 @@ Handler decode_store(Instruction& i, Modifiers& modifiers) {
       cell.clock = warp.clock;
       cell.line = warp.instruction().line;
     });
-    block.tensor_memory->poison(started->cells);
+    block.tensor_memory.poison(started->cells);
     warp.tensor_stores.push_back(started);
     block.start(queue_of(warp, false), warp, [&block, access, started, count] {
-      access.store(*block.tensor_memory, [&](uint32_t lane, uint32_t r) {
-        return started->values[lane * count + r];
-      });
+      access.store(block.tensor_memory,
+                   [&](uint32_t lane, uint32_t r) { return started->values[lane * count + r]; });
       started->done = true;
     });
     return true;
@@ -311,7 +306,8 @@ bool await(Warp& warp, uint32_t mask, bool loads) {
 
 void fence_before(Warp& warp, uint32_t mask) {
   // A store that has not been awaited is ordered before nothing.
-  const uint32_t upto = warp.tensor_stores.empty() ? warp.clock : warp.tensor_stores.front()->clock - 1;
+  const uint32_t upto =
+      warp.tensor_stores.empty() ? warp.clock : warp.tensor_stores.front()->clock - 1;
   for_each_lane(mask, [&](uint32_t lane) { warp.thread(lane).tensor_released = upto; });
 }
 
@@ -327,7 +323,8 @@ void fence_after(Warp& warp, uint32_t mask) {
 uint64_t product_queue(uint32_t thread) { return 2000 + thread; }
 
 uint32_t only_lane(uint32_t mask) {
-  if (mask == 0 || (mask & (mask - 1)) != 0) fault("lanes %08x execute what is for one thread", mask);
+  if (mask == 0 || (mask & (mask - 1)) != 0)
+    fault("lanes %08x execute what is for one thread", mask);
   return static_cast<uint32_t>(__builtin_ctz(mask));
 }
 
@@ -337,7 +334,7 @@ void multiply(Warp& warp, uint32_t lane, const Instruction& i) {
   const std::vector<Operand>& o = i.operands;
   const Knowledge& knows = warp.thread(lane).knows;
   const auto address = [&](const Operand& operand) {
-    return static_cast<uint32_t>(warp.get(operand.parts[0], lane) + operand.value);
+    return static_cast<uint32_t>(warp.address(operand, lane));
   };
   const bool tensor_a = o[1].kind == Operand::Kind::address;
   const bool accumulates = warp.predicate(o[4], lane);
@@ -347,7 +344,8 @@ void multiply(Warp& warp, uint32_t lane, const Instruction& i) {
   const uint32_t thread = warp.thread_index(lane);
   if (state.issuer && *state.issuer != thread &&
       knows.tensor[block.slots.tensor_core()] < state.products)
-    fault("thread %u multiplies while products of thread %u may be in flight", thread, *state.issuer);
+    fault("thread %u multiplies while products of thread %u may be in flight", thread,
+          *state.issuer);
   state.issuer = thread;
   const uint32_t number = ++state.products;
 
@@ -366,7 +364,7 @@ void multiply(Warp& warp, uint32_t lane, const Instruction& i) {
         cell.product = number;
       });
   for (const TensorRange& range : unit.touched_d()) {
-    block.tensor_memory->check_allocated(range, "D of tcgen05.mma");
+    block.tensor_memory.check_allocated(range, "D of tcgen05.mma");
     state.each(range, [&](Cell& cell, uint32_t row, uint32_t column) {
       by.check_written(cell, row, column, "has a product write");
       by.check_read(cell, row, column, "has a product write");
@@ -379,9 +377,9 @@ void multiply(Warp& warp, uint32_t lane, const Instruction& i) {
   block.start(product_queue(thread), warp, [&block, unit, a, b, accumulates, tensor_a] {
     const SharedMemory memory = block.shared.memory();
     if (tensor_a)
-      unit.run_tensor_a(*block.tensor_memory, memory, static_cast<uint32_t>(a), b, accumulates);
+      unit.run_tensor_a(block.tensor_memory, memory, static_cast<uint32_t>(a), b, accumulates);
     else
-      unit.run(*block.tensor_memory, memory, a, b, accumulates);
+      unit.run(block.tensor_memory, memory, a, b, accumulates);
   });
 }
 
@@ -397,8 +395,8 @@ Handler decode_product(Instruction& i, Modifiers& modifiers) {
   };
 }
 
-// An arrival when all products before it are done; as if a fence stood before (9.7.16.12). Whoever sees
-// it knows what the products had to wait for, too: what their thread had learned of others.
+// An arrival when all products before it are done; as if a fence stood before (9.7.16.12). Whoever
+// sees it knows what the products had to wait for, too: what their thread had learned of others.
 Handler decode_commit(Instruction& i, Modifiers& modifiers) {
   need_one_block_form(modifiers);
   modifiers.need("mbarrier::arrive::one");
@@ -410,7 +408,7 @@ Handler decode_commit(Instruction& i, Modifiers& modifiers) {
   return [o = i.operands](Warp& warp, uint32_t mask) {
     Block& block = warp.block;
     const uint32_t lane = only_lane(mask), core = block.slots.tensor_core();
-    const auto address = static_cast<uint32_t>(warp.get(o[0].parts[0], lane) + o[0].value);
+    const auto address = static_cast<uint32_t>(warp.address(o[0], lane));
     if (!block.barrier(address).open_to_copies)
       fault("the mbarrier at %u has been initialised without a fence for asynchronous units since",
             address);
@@ -452,11 +450,12 @@ Handler decode_tcgen05(Instruction& i) {
   if (what == "relinquish_alloc_permit")
     return [](Warp& warp, uint32_t mask) {
       warp.must_be_whole(mask);
-      warp.block.tensor_memory->relinquish();
+      warp.block.tensor_memory.relinquish();
       return true;
     };
   if (what != "wait::ld" && what != "wait::st") fault("unknown modifier .%s", what.c_str());
-  return [loads = what == "wait::ld"](Warp& warp, uint32_t mask) { return await(warp, mask, loads); };
+  return
+      [loads = what == "wait::ld"](Warp& warp, uint32_t mask) { return await(warp, mask, loads); };
 }
 
 }  // namespace gna::ptx

@@ -35,9 +35,8 @@ Handler decode_shfl(Instruction& i) {
   return [=, o = i.operands](Warp& warp, uint32_t mask) {
     check_members(warp, o[4], mask);
     uint32_t values[warp_size];
-    for_each_lane(mask, [&](uint32_t lane) {
-      values[lane] = static_cast<uint32_t>(warp.get(o[1], lane));
-    });
+    for_each_lane(
+        mask, [&](uint32_t lane) { values[lane] = static_cast<uint32_t>(warp.get(o[1], lane)); });
     for_each_lane(mask, [&](uint32_t lane) {
       const auto b = static_cast<uint32_t>(warp.get(o[2], lane)) & 31;
       const auto c = static_cast<uint32_t>(warp.get(o[3], lane));
@@ -71,7 +70,8 @@ Handler decode_vote(Instruction& i) {
   Modifiers modifiers(i);
   modifiers.need("sync");
   const std::string mode = modifiers.take_first();
-  if (mode != "ballot" && mode != "any" && mode != "all") fault("unknown modifier .%s", mode.c_str());
+  if (mode != "ballot" && mode != "any" && mode != "all")
+    fault("unknown modifier .%s", mode.c_str());
   modifiers.need(mode == "ballot" ? "b32" : "pred");
   modifiers.done();
   need_operands(i, 3, 3);

@@ -29,13 +29,6 @@ struct Form {
 
 using Product = WarpgroupProduct;
 
-uint64_t uniform(Warp& warp, const Operand& operand) {
-  const uint64_t first = warp.get(operand, 0);
-  for (uint32_t lane = 1; lane < warp_size; ++lane)
-    if (warp.get(operand, lane) != first) fault("a descriptor differs among the lanes");
-  return first;
-}
-
 void run(Block& block, uint32_t group, const Form& form, Product& product) {
   const std::vector<Operand>& o = product.instruction->operands;
   const auto warp_of = [&](uint32_t thread) -> Warp& {
@@ -51,7 +44,8 @@ void run(Block& block, uint32_t group, const Form& form, Product& product) {
               d[place.row * n + place.column]);
       }
   };
-  if (product.scale_d) each([](uint64_t& bits, float& x) { x = float_of(static_cast<uint32_t>(bits)); });
+  if (product.scale_d)
+    each([](uint64_t& bits, float& x) { x = float_of(static_cast<uint32_t>(bits)); });
   const SharedMemory memory = block.shared.memory();
   Factor a(0);
   if (form.a_in_registers) {
@@ -85,8 +79,8 @@ void issue(Warp& warp, uint32_t mask, const Form& form) {
   if (warp.matrix_fence == 0) fault("no wgmma.fence before");
   Product own;
   own.instruction = &i;
-  if (!form.a_in_registers) own.a = uniform(warp, o[1]);
-  own.b = uniform(warp, o[2]);
+  if (!form.a_in_registers) own.a = warp.uniform(o[1]);
+  own.b = warp.uniform(o[2]);
   for_each_lane(mask, [&](uint32_t lane) {
     if (lane == 0) own.scale_d = warp.predicate(o[3], 0);
     if (warp.predicate(o[3], lane) != own.scale_d) fault("scale-d differs among the lanes");
@@ -94,8 +88,10 @@ void issue(Warp& warp, uint32_t mask, const Form& form) {
 
   check_fenced(warp, o[0]);
   for (const Operand& reg : o[0].parts)
-    if (warp.locks[reg.index] == Warp::read_only) warp.check_writable(reg.index);
-    else if (own.scale_d && warp.written[reg.index] != all_lanes) warp.check_readable(reg.index, mask);
+    if (warp.locks[reg.index] == Warp::read_only)
+      warp.check_writable(reg.index);
+    else if (own.scale_d && warp.written[reg.index] != all_lanes)
+      warp.check_readable(reg.index, mask);
   if (form.a_in_registers) {
     check_fenced(warp, o[1]);
     for (const Operand& reg : o[1].parts) warp.check_readable(reg.index, mask);
@@ -125,9 +121,8 @@ void issue(Warp& warp, uint32_t mask, const Form& form) {
   warp.open_products.push_back(product);
   if (++product->warps < warps_of_group) return;
   ++block.statistics.products;
-  block.start(group, warp, [&block, group, form, product = product] {
-    run(block, group, form, *product);
-  });
+  block.start(group, warp,
+              [&block, group, form, product = product] { run(block, group, form, *product); });
   block.partial_products.erase(key);
 }
 
@@ -141,7 +136,8 @@ Handler decode_product(Instruction& i, Modifiers& modifiers) {
   if (!is_bf16) modifiers.need("f16");
   modifiers.done();
   unsigned n = 0;
-  if (std::sscanf(shape.c_str(), "m64n%uk16", &n) != 1 || shape != "m64n" + std::to_string(n) + "k16")
+  if (std::sscanf(shape.c_str(), "m64n%uk16", &n) != 1 ||
+      shape != "m64n" + std::to_string(n) + "k16")
     fault("unknown shape .%s", shape.c_str());
   need_operands(i, 7, 8);
   const std::vector<Operand>& o = i.operands;
