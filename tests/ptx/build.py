@@ -14,7 +14,6 @@ ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "ptx"
 CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc")
-INCLUDE = ROOT / "csrc" / "include"
 
 # No contraction: an FMA that the PTX does not ask for rounds otherwise.
 CXX_FLAGS = (
@@ -71,12 +70,13 @@ def interpreter() -> Path:
     return _make(library, [CXX, "-shared", *objects, "-o"])
 
 
-def kernels(folder: Path, architecture: str) -> Path:
+def kernels(folder: Path, architecture: str, host: Path | None = None) -> Path:
     """The host code and the PTX of all .cu files of a folder, bound to the interpreter.
 
     Args:
         folder: csrc/sm90, for example.
         architecture: of the PTX, for example compute_90a.
+        host: another csrc, of which host.cu and its headers are taken; it may go away afterwards.
 
     Raises:
         RuntimeError: there is no nvcc.
@@ -84,12 +84,19 @@ def kernels(folder: Path, architecture: str) -> Path:
     if NVCC is None:
         raise RuntimeError("the kernels' PTX needs nvcc")
     runtime = interpreter()
-    sources = sorted(folder.glob("*.cu"))
     flags = [*NVCC_FLAGS, "-gencode", f"arch={architecture},code={architecture}"]
-    key = _key(flags, *_sources(folder), *_sources(INCLUDE))
-    objects = []
-    for source in sources:
-        made = CACHE / f"{folder.name}-{key}" / f"{source.stem}.o"
-        objects.append(_make(made, [NVCC, "-c", *flags, f"-I{INCLUDE}", source, "-o"]))
-    library = CACHE / f"{folder.name}-{key}" / f"{folder.name}-{runtime.parent.name}.so"
+
+    def made_of(csrc: Path, names: Sequence[str]) -> list[Path]:
+        sources = csrc / folder.name
+        key = _key(flags, *_sources(sources), *_sources(csrc / "include"))
+        into = CACHE / f"{folder.name}-{key}"
+        command = [NVCC, "-c", *flags, f"-I{csrc / 'include'}"]
+        return [
+            _make(into / f"{name}.o", [*command, sources / f"{name}.cu", "-o"]) for name in names
+        ]
+
+    names = sorted(source.stem for source in folder.glob("*.cu"))
+    of_host = made_of(host or folder.parent, ["host"])
+    objects = of_host + made_of(folder.parent, [name for name in names if name != "host"])
+    library = of_host[0].parent / f"{folder.name}-{runtime.parent.name}.so"
     return _make(library, [CXX, "-shared", *objects, runtime, f"-Wl,-rpath,{runtime.parent}", "-o"])
