@@ -28,6 +28,8 @@ struct Forward {
   static constexpr int boxes = Shape::boxes;
   static constexpr int stages = Shape::stages;
   static constexpr int tile_bytes = Shape::tile_bytes;
+  // Of 16 exponentials: with heads of 64, products take half as long.
+  static constexpr int polynomials = head_dim == 64 ? 6 : 3;
 
   const Parameters& parameters;
   const Problem& problem;
@@ -287,13 +289,13 @@ struct Forward {
 
   // Puts the weights into the place of their scores, and says so when most of them are there and when
   // all are.
-  template <bool polynomials>
+  template <int polynomials_of_16>
   __device__ __forceinline__ void weigh_all(const float (&scores)[128], Row& state,
                                             uint32_t in_scores, int half) const {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       uint32_t weights[16];
-      weigh<Element, polynomials>(scores + 32 * part, parameters.scale_log2, state, weights);
+      weigh<Element, polynomials_of_16>(scores + 32 * part, parameters.scale_log2, state, weights);
       store_columns(in_scores + 16 * part, weights);
       if (part < 2) continue;
       wait_stores();
@@ -366,10 +368,11 @@ struct Forward {
         // As in dense attention, and whatever comes of the weights.
         if (!(scaled < infinity)) state.sum = nanf("");
         fresh = false;
+        // Compute capability 10.0 has half as many exponentials a clock as 10.3.
         if (parameters.minor == 0)
-          weigh_all<true>(scores, state, in_scores, half);
+          weigh_all<polynomials>(scores, state, in_scores, half);
         else
-          weigh_all<false>(scores, state, in_scores, half);
+          weigh_all<0>(scores, state, in_scores, half);
       }
       wait(shared.statistics_empty + half, item.parity() ^ 1);
       shared.statistics[half][row] = {state.offset, state.sum};
@@ -487,13 +490,13 @@ __device__ __forceinline__ void run(const Parameters& parameters) {
   after_barrier();
   const uint32_t tensor_memory = shared.tensor_memory;
   if (warp < output_warp) {
-    take_registers<softmax_registers>();
+    take_registers<Shape::soften_registers>();
     kernel.soften(warp / 4, tensor_memory);
   } else if (warp < multiply_warp) {
-    give_registers<output_registers>();
+    give_registers<Shape::finish_registers>();
     kernel.finish(tensor_memory);
   } else {
-    give_registers<other_registers>();
+    give_registers<Shape::other_registers>();
     if (warp == multiply_warp) {
       if (elected()) kernel.multiply_all(tensor_memory);
       __syncwarp();

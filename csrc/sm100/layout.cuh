@@ -18,12 +18,6 @@ constexpr int multiply_warp = 12;
 constexpr int load_warp = 13;
 constexpr int plan_warp = 14;
 
-// Registers of a thread of the softmax, of the output, of the others: 65536 in all.
-constexpr int softmax_registers = 200;
-constexpr int output_registers = 64;
-constexpr int other_registers = 48;
-static_assert(128 * (2 * softmax_registers + output_registers + other_registers) <= 65536);
-
 using WorkRecord = gna::cuda::WorkRecord<log2_tile>;
 
 constexpr uint32_t no_more_work = 1 << 12;  // in the flags of a key record
@@ -55,6 +49,12 @@ struct alignas(1024) Shared {
   static constexpr int records = 4;
   static constexpr int work_slots = 2;
   static constexpr int staged_boxes = 2;  // of output, on their way out
+
+  // Of a thread by role, 65536 in all: who softens, who finishes, the others.
+  static constexpr int soften_registers = head_dim == 64 ? 208 : 200;
+  static constexpr int finish_registers = head_dim == 64 ? 56 : 64;
+  static constexpr int other_registers = head_dim == 64 ? 40 : 48;
+  static_assert(128 * (2 * soften_registers + finish_registers + other_registers) <= 65536);
 
   uint8_t query[2][tile_bytes];
   uint8_t tiles[stages][tile_bytes];

@@ -103,9 +103,9 @@ __device__ __forceinline__ Pair exp2_polynomial(Pair x) {
           __uint_as_float(__float_as_uint(power.high) + (__float_as_uint(moved.high) << 23))};
 }
 
-// Turns 32 scores into weights, as pairs of 16-bit elements. With `polynomials`, 3 exponentials of 16
-// are worked out beside the unit for them, which compute capability 10.0 has too little of.
-template <typename Element, bool polynomials>
+// Turns 32 scores into weights, as pairs of 16-bit elements. `polynomials`: how many exponentials of 16
+// are worked out beside the unit for them.
+template <typename Element, int polynomials>
 __device__ __forceinline__ void weigh(const float* scores, float scale, Row& row,
                                       uint32_t (&weights)[16]) {
   Pair sums[2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
@@ -113,7 +113,7 @@ __device__ __forceinline__ void weigh(const float* scores, float scale, Row& row
   for (int i = 0; i < 16; ++i) {
     const Pair shifted = multiply_add(Pair{scores[2 * i], scores[2 * i + 1]}, Pair{scale, scale},
                                       Pair{-row.offset, -row.offset});
-    const Pair weight = polynomials && i % 5 == 2
+    const Pair weight = i * polynomials % 16 < polynomials
                             ? exp2_polynomial(shifted)
                             : Pair{exp2_approximate(shifted.low), exp2_approximate(shifted.high)};
     sums[i % 2] = add(sums[i % 2], weight);

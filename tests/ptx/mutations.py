@@ -482,8 +482,8 @@ MUTATIONS = [
     _sm100(
         "more registers than a multiprocessor has",
         FORWARD,
-        "take_registers<softmax_registers>();",
-        "take_registers<softmax_registers + 8>();",
+        "take_registers<Shape::soften_registers>();",
+        "take_registers<Shape::soften_registers + 8>();",
     ),
 ]
 
