@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -42,6 +44,15 @@ def _sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in suffixes)
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time: test workers start together, and what one builds all use."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _make(made: Path, command: Sequence[object]) -> Path:
     """Runs a command whose last argument is to be the file, unless the file exists."""
     if not made.exists():
@@ -63,11 +74,12 @@ def interpreter() -> Path:
     parts = _sources(HERE / "core") + _sources(HERE / "units")
     headers = [part for part in parts if part.suffix == ".h"]
     objects = []
-    for source in sorted((HERE / "core").glob("*.cpp")):
-        made = CACHE / "core" / f"{source.stem}-{_key(CXX_FLAGS, source, *headers)}.o"
-        objects.append(_make(made, [CXX, *CXX_FLAGS, "-c", source, "-o"]))
-    library = CACHE / f"core-{_key(CXX_FLAGS, *parts)}" / "libptx.so"
-    return _make(library, [CXX, "-shared", *objects, "-o"])
+    with _alone():
+        for source in sorted((HERE / "core").glob("*.cpp")):
+            made = CACHE / "core" / f"{source.stem}-{_key(CXX_FLAGS, source, *headers)}.o"
+            objects.append(_make(made, [CXX, *CXX_FLAGS, "-c", source, "-o"]))
+        library = CACHE / f"core-{_key(CXX_FLAGS, *parts)}" / "libptx.so"
+        return _make(library, [CXX, "-shared", *objects, "-o"])
 
 
 def kernels(folder: Path, architecture: str, host: Path | None = None) -> Path:
@@ -84,11 +96,12 @@ def kernels(folder: Path, architecture: str, host: Path | None = None) -> Path:
     if NVCC is None:
         raise RuntimeError("the kernels' PTX needs nvcc")
     runtime = interpreter()
+    version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
     flags = [*NVCC_FLAGS, "-gencode", f"arch={architecture},code={architecture}"]
 
     def made_of(csrc: Path, names: Sequence[str]) -> list[Path]:
         sources = csrc / folder.name
-        key = _key(flags, *_sources(sources), *_sources(csrc / "include"))
+        key = _key(version, flags, *_sources(sources), *_sources(csrc / "include"))
         into = CACHE / f"{folder.name}-{key}"
         command = [NVCC, "-c", *flags, f"-I{csrc / 'include'}"]
         return [
@@ -96,7 +109,9 @@ def kernels(folder: Path, architecture: str, host: Path | None = None) -> Path:
         ]
 
     names = sorted(source.stem for source in folder.glob("*.cu"))
-    of_host = made_of(host or folder.parent, ["host"])
-    objects = of_host + made_of(folder.parent, [name for name in names if name != "host"])
-    library = of_host[0].parent / f"{folder.name}-{runtime.parent.name}.so"
-    return _make(library, [CXX, "-shared", *objects, runtime, f"-Wl,-rpath,{runtime.parent}", "-o"])
+    with _alone():
+        of_host = made_of(host or folder.parent, ["host"])
+        objects = of_host + made_of(folder.parent, [name for name in names if name != "host"])
+        library = of_host[0].parent / f"{folder.name}-{runtime.parent.name}.so"
+        link = [CXX, "-shared", *objects, runtime, f"-Wl,-rpath,{runtime.parent}", "-o"]
+        return _make(library, link)
