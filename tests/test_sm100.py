@@ -16,6 +16,7 @@ from gna_compile.geometry import Neighborhood
 from gna_compile.planner import PlanError, Workload, plan
 from gna_compile.providers.cuda_library import library
 from gna_compile.providers.native_cuda import current_capability
+from tools import blackwell_model
 
 needs_blackwell = pytest.mark.skipif(
     library("sm100") is None or current_capability() not in ((10, 0), (10, 3)),
@@ -84,6 +85,19 @@ def test_roles_keep_to_their_registers(compiled: Compiled) -> None:
                 numbers = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
                 assert max(numbers, default=0) < limit, line
         assert limits == expected
+
+
+@pytest.mark.parametrize(("head_dim", "exponentials"), [(64, 80), (128, 104)])
+def test_a_key_tile_costs_what_the_model_says(head_dim: int, exponentials: int) -> None:
+    try:
+        step = blackwell_model.step_of(head_dim)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert step.interior["MUFU"] == exponentials
+    assert step.interior["FMNMX3"] < 70  # one for two scores
+    assert step.interior.total() < 128 * 5
+    # A mask takes 1.3 instructions a score, once its words are there.
+    assert (step.boundary - step.interior).total() < 128 * 1.5
 
 
 def test_a_dilated_query_box_is_read_in_two_halves() -> None:

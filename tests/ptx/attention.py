@@ -8,6 +8,7 @@ import random
 from ctypes import POINTER, c_char_p, c_int32, c_void_p
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -23,14 +24,19 @@ ARCHITECTURES = {"sm90": ("compute_90a", (9, 0)), "sm100": ("compute_100f", (10,
 TOLERANCE = {torch.float16: (1.5e-3, 1e-3), torch.bfloat16: (8e-3, 1e-3)}
 
 
-@lru_cache
-def library(name: str) -> interpreter.Library:
-    loaded = interpreter.Library(build.ROOT / "csrc" / name, ARCHITECTURES[name][0])
+def library_of(name: str, host: Path | None = None) -> interpreter.Library:
+    """Kernel `name` with the host code of csrc, or of another copy of it."""
+    loaded = interpreter.Library(build.ROOT / "csrc" / name, ARCHITECTURES[name][0], host)
     forward = getattr(loaded.functions, f"gna_{name}_forward")
     forward.argtypes = [POINTER(NativeProblem), *[POINTER(TensorView)] * 4, c_void_p, c_void_p]
     forward.restype = c_int32
     getattr(loaded.functions, f"gna_{name}_message").restype = c_char_p
     return loaded
+
+
+@lru_cache
+def library(name: str) -> interpreter.Library:
+    return library_of(name)
 
 
 @dataclass
@@ -86,14 +92,19 @@ class Attention:
         return query, key, value, shown
 
     def run(
-        self, name: str, *, schedule: int = 0, multiprocessors: int = 1
+        self,
+        name: str,
+        *,
+        schedule: int = 0,
+        multiprocessors: int = 1,
+        loaded: interpreter.Library | None = None,
     ) -> tuple[Tensor, Tensor, interpreter.Counts]:
         """Output and logsumexp of a launch of kernel `name`.
 
         Raises:
             interpreter.PtxError: the kernel breaks a rule under this schedule.
         """
-        functions = library(name).functions
+        functions = (loaded or library(name)).functions
         query, key, value, key_mask = self.inputs()
         around, output = self._empty(self.heads)
         logsumexp = torch.full((self.batch, self.heads, self.tokens), torch.nan)
@@ -141,13 +152,9 @@ class Attention:
             prefix=self.prefix,
         )
 
-    def check(
-        self, name: str, *, schedule: int = 0, multiprocessors: int = 1
-    ) -> interpreter.Counts:
+    def check(self, name: str, **how: Any) -> interpreter.Counts:
         """Runs the kernel and compares; fails if it is not right to the tolerance of hardware."""
-        output, logsumexp, counted = self.run(
-            name, schedule=schedule, multiprocessors=multiprocessors
-        )
+        output, logsumexp, counted = self.run(name, **how)
         of_output, of_logsumexp = self.expected()
         error = deviation(output, of_output)
         finite = of_logsumexp.isfinite()

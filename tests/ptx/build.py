@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -14,7 +16,6 @@ ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "ptx"
 CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc")
-INCLUDE = ROOT / "csrc" / "include"
 
 # No contraction: an FMA that the PTX does not ask for rounds otherwise.
 CXX_FLAGS = (
@@ -43,6 +44,15 @@ def _sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in suffixes)
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time: test workers start together, and what one builds all use."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _make(made: Path, command: Sequence[object]) -> Path:
     """Runs a command whose last argument is to be the file, unless the file exists."""
     if not made.exists():
@@ -64,19 +74,21 @@ def interpreter() -> Path:
     parts = _sources(HERE / "core") + _sources(HERE / "units")
     headers = [part for part in parts if part.suffix == ".h"]
     objects = []
-    for source in sorted((HERE / "core").glob("*.cpp")):
-        made = CACHE / "core" / f"{source.stem}-{_key(CXX_FLAGS, source, *headers)}.o"
-        objects.append(_make(made, [CXX, *CXX_FLAGS, "-c", source, "-o"]))
-    library = CACHE / f"core-{_key(CXX_FLAGS, *parts)}" / "libptx.so"
-    return _make(library, [CXX, "-shared", *objects, "-o"])
+    with _alone():
+        for source in sorted((HERE / "core").glob("*.cpp")):
+            made = CACHE / "core" / f"{source.stem}-{_key(CXX_FLAGS, source, *headers)}.o"
+            objects.append(_make(made, [CXX, *CXX_FLAGS, "-c", source, "-o"]))
+        library = CACHE / f"core-{_key(CXX_FLAGS, *parts)}" / "libptx.so"
+        return _make(library, [CXX, "-shared", *objects, "-o"])
 
 
-def kernels(folder: Path, architecture: str) -> Path:
+def kernels(folder: Path, architecture: str, host: Path | None = None) -> Path:
     """The host code and the PTX of all .cu files of a folder, bound to the interpreter.
 
     Args:
         folder: csrc/sm90, for example.
         architecture: of the PTX, for example compute_90a.
+        host: another csrc, of which host.cu and its headers are taken; it may go away afterwards.
 
     Raises:
         RuntimeError: there is no nvcc.
@@ -84,12 +96,22 @@ def kernels(folder: Path, architecture: str) -> Path:
     if NVCC is None:
         raise RuntimeError("the kernels' PTX needs nvcc")
     runtime = interpreter()
-    sources = sorted(folder.glob("*.cu"))
+    version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
     flags = [*NVCC_FLAGS, "-gencode", f"arch={architecture},code={architecture}"]
-    key = _key(flags, *_sources(folder), *_sources(INCLUDE))
-    objects = []
-    for source in sources:
-        made = CACHE / f"{folder.name}-{key}" / f"{source.stem}.o"
-        objects.append(_make(made, [NVCC, "-c", *flags, f"-I{INCLUDE}", source, "-o"]))
-    library = CACHE / f"{folder.name}-{key}" / f"{folder.name}-{runtime.parent.name}.so"
-    return _make(library, [CXX, "-shared", *objects, runtime, f"-Wl,-rpath,{runtime.parent}", "-o"])
+
+    def made_of(csrc: Path, names: Sequence[str]) -> list[Path]:
+        sources = csrc / folder.name
+        key = _key(version, flags, *_sources(sources), *_sources(csrc / "include"))
+        into = CACHE / f"{folder.name}-{key}"
+        command = [NVCC, "-c", *flags, f"-I{csrc / 'include'}"]
+        return [
+            _make(into / f"{name}.o", [*command, sources / f"{name}.cu", "-o"]) for name in names
+        ]
+
+    names = sorted(source.stem for source in folder.glob("*.cu"))
+    with _alone():
+        of_host = made_of(host or folder.parent, ["host"])
+        objects = of_host + made_of(folder.parent, [name for name in names if name != "host"])
+        library = of_host[0].parent / f"{folder.name}-{runtime.parent.name}.so"
+        link = [CXX, "-shared", *objects, runtime, f"-Wl,-rpath,{runtime.parent}", "-o"]
+        return _make(library, link)

@@ -159,17 +159,22 @@ class Library:
     Args:
         folder: for example csrc/sm90.
         architecture: of the PTX.
+        host: another csrc, to take the host code from.
     """
 
-    def __init__(self, folder: Path, architecture: str) -> None:
-        _library()
-        self.functions = ctypes.CDLL(str(build.kernels(folder, architecture)))
+    def __init__(self, folder: Path, architecture: str, host: Path | None = None) -> None:
+        self._first_module = _library().ptx_modules()
+        self.functions = ctypes.CDLL(str(build.kernels(folder, architecture, host)))
 
     def text(self, kernel: str) -> str:
         """The PTX of the module with a kernel whose mangled name has this part."""
-        found = _library().ptx_module_text(kernel.encode())
+        found = _library().ptx_module_text(kernel.encode(), self._first_module)
         assert found is not None, kernel
         return str(found.decode())
 
     def replace_text(self, kernel: str, text: str) -> None:
-        assert _library().ptx_replace_module_text(kernel.encode(), text.encode()) == 0, kernel
+        """Has launches of such a kernel run another text."""
+        replaced = _library().ptx_replace_module_text(
+            kernel.encode(), self._first_module, text.encode()
+        )
+        assert replaced == 0, kernel

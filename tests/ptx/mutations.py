@@ -1,7 +1,7 @@
 """Bugs to plant in the kernels: each must be caught. README.md says how they are caught.
 
-A mutation is an edit of the CUDA source. The edited kernel is compiled to PTX and takes the place of the
-true one, the host code staying as it is. `python -m ptx.mutations` prints README.md's table.
+A mutation is an edit of the CUDA source. An edited kernel is compiled to PTX and takes the place of the
+true one, the host code staying as it is; or the host code is edited, and the kernels stay. `python -m ptx.mutations` prints README.md's table.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptx import build, interpreter
-from ptx.attention import ARCHITECTURES, Attention, library
+from ptx.attention import ARCHITECTURES, Attention, library, library_of
 
 FORWARD = "{name}/forward.cuh"
 SHARED = "include/gna/cuda/"
+HOST = SHARED + "host.h"
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,43 @@ MUTATIONS = [
         "    return found;",
         problem="careful",
     ),
+    _sm90(
+        "boxes are described with another swizzle",
+        HOST,
+        "CU_TENSOR_MAP_SWIZZLE_128B",
+        "CU_TENSOR_MAP_SWIZZLE_64B",
+    ),
+    _sm90(
+        "boxes are described one token too long",
+        HOST,
+        "box[a + 1] = view.extents[a] * steps[a + 1];",
+        "box[a + 1] = view.extents[a] * steps[a + 1] + (a == 0);",
+    ),
+    _sm90(
+        "the part after the grid begins one token early",
+        HOST,
+        "part == prefix_part ? 0 : problem.prefix + inner",
+        "part == prefix_part ? 0 : problem.prefix + inner - 1",
+        problem="globals",
+    ),
+    _sm90(
+        "the map of the grid ends one row late",
+        HOST,
+        "grid.lengths[a] = axis.length;",
+        "grid.lengths[a] = axis.length + (a == 1);",
+    ),
+    _sm90(
+        "two query tiles store the same rows",
+        SHARED + "work.cuh",
+        "index += gridDim.x) {",
+        "index += gridDim.x - (index == 3)) {",
+    ),
+    _sm100(
+        "boxes are described with another swizzle",
+        HOST,
+        "CU_TENSOR_MAP_SWIZZLE_128B",
+        "CU_TENSOR_MAP_SWIZZLE_64B",
+    ),
     _sm100(
         "scores are read without a fence after the barrier",
         FORWARD,
@@ -449,13 +488,13 @@ MUTATIONS = [
 ]
 
 
-def mutated_text(mutation: Mutation) -> str:
-    """PTX of the edited kernel for bf16 and heads of 64.
+@contextmanager
+def _edited(mutation: Mutation) -> Iterator[Path]:
+    """A copy of csrc with the edit.
 
     Raises:
         ValueError: the source does not hold what the edit replaces.
     """
-    assert build.NVCC is not None
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "csrc"
         for part in ("include", mutation.kernel):
@@ -465,32 +504,49 @@ def mutated_text(mutation: Mutation) -> str:
         if mutation.old not in text:
             raise ValueError(f"{mutation.name}: {mutation.file} has changed; this edit is void")
         file.write_text(text.replace(mutation.old, mutation.new, 1))
-        architecture = ARCHITECTURES[mutation.kernel][0]
-        made = Path(folder) / "kernel.ptx"
-        flags = [flag for flag in build.NVCC_FLAGS if flag != "--no-compress"]
-        command = [build.NVCC, "-ptx", *flags, f"-arch={architecture}", f"-I{copy / 'include'}"]
-        source = copy / mutation.kernel / "forward_bf16_64.cu"
-        subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True)
-        return made.read_text()
+        yield copy
+
+
+def _ptx_of(kernel: str, csrc: Path) -> str:
+    """For bf16 and heads of 64."""
+    made = csrc / "kernel.ptx"
+    flags = [flag for flag in build.NVCC_FLAGS if flag != "--no-compress"]
+    flags += [f"-arch={ARCHITECTURES[kernel][0]}", f"-I{csrc / 'include'}"]
+    source = csrc / kernel / "forward_bf16_64.cu"
+    command = [str(build.NVCC), "-ptx", *flags, str(source), "-o", str(made)]
+    subprocess.run(command, check=True, capture_output=True)
+    return made.read_text()
+
+
+@contextmanager
+def planted(mutation: Mutation) -> Iterator[interpreter.Library]:
+    """The kernel's library with the bug in it."""
+    with _edited(mutation) as csrc:
+        if mutation.file == HOST:
+            yield library_of(mutation.kernel, csrc)
+            return
+        text = _ptx_of(mutation.kernel, csrc)
+    loaded = library(mutation.kernel)
+    kernel = f"{mutation.kernel}7forwardI13__nv_bfloat16Li64E"
+    original = loaded.text(kernel)
+    loaded.replace_text(kernel, text)
+    try:
+        yield loaded
+    finally:
+        loaded.replace_text(kernel, original)
 
 
 def caught(mutation: Mutation, schedules: int = 24) -> str | None:
     """What catches a mutation, with the schedule that does; None if nothing does."""
-    kernel = f"{mutation.kernel}7forwardI13__nv_bfloat16Li64E"
-    loaded = library(mutation.kernel)
-    original = loaded.text(kernel)
     attention = PROBLEMS[mutation.problem](mutation.kernel)
-    loaded.replace_text(kernel, mutated_text(mutation))
-    try:
+    with planted(mutation) as loaded:
         for schedule in range(schedules):
             try:
-                attention.check(mutation.kernel, schedule=schedule)
+                attention.check(mutation.kernel, schedule=schedule, loaded=loaded)
             except interpreter.PtxError as error:
                 return f"schedule {schedule}: {str(error).splitlines()[0]}"
             except AssertionError as error:
                 return f"schedule {schedule}: wrong result {str(error)[:60]}"
-    finally:
-        loaded.replace_text(kernel, original)
     return None
 
 

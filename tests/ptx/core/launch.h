@@ -12,17 +12,27 @@ namespace gna::ptx {
 
 class HostMemory : public GlobalMemory {
  public:
-  void add(uint64_t begin, uint64_t bytes, bool writable) {
-    regions_.push_back({begin, begin + bytes, writable});
+  // `shared`: blocks may write it more than once. What the host hands out, a launch must not.
+  void add(uint64_t begin, uint64_t bytes, bool writable, bool shared = false) {
+    regions_.push_back(
+        {begin, begin + bytes, writable, std::vector<bool>(shared || !writable ? 0 : bytes)});
   }
   void clear() { regions_.clear(); }
 
   void check(uint64_t address, uint64_t bytes, bool writes) const override {
-    for (const Region& region : regions_)
-      if (address >= region.begin && address < region.end && bytes <= region.end - address) {
-        if (writes && !region.writable) fault("writes global memory that is only to be read");
-        return;
+    for (Region& region : regions_) {
+      if (address < region.begin || address >= region.end || bytes > region.end - address) continue;
+      if (!writes) return;
+      if (!region.writable) fault("writes global memory that is only to be read");
+      if (region.written.empty()) return;
+      for (uint64_t b = address - region.begin; b < address - region.begin + bytes; ++b) {
+        if (region.written[b])
+          fault("writes byte %#llx of global memory a second time",
+                static_cast<unsigned long long>(region.begin + b));
+        region.written[b] = true;
       }
+      return;
+    }
     fault("%llu bytes at %#llx are not in any global memory handed out",
           static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(address));
   }
@@ -31,13 +41,14 @@ class HostMemory : public GlobalMemory {
   struct Region {
     uint64_t begin, end;
     bool writable;
+    std::vector<bool> written;
   };
-  std::vector<Region> regions_;
+  mutable std::vector<Region> regions_;
 };
 
 inline void add_globals(HostMemory& memory, const Program& program) {
   for (const auto& variable : program.globals)
-    memory.add(reinterpret_cast<uint64_t>(variable->data()), variable->size(), true);
+    memory.add(reinterpret_cast<uint64_t>(variable->data()), variable->size(), true, true);
 }
 
 inline void run(const Kernel& kernel, const LaunchShape& shape, const GlobalMemory& global,

@@ -121,6 +121,16 @@ int encode(TensorMap* map, uint32_t type, uint32_t rank, void* address, const ui
   return static_cast<int>(result);
 }
 
+Module* find_module(const char* kernel, uint32_t first) {
+  uint32_t index = 0;
+  for (Module& module : runtime().modules)
+    if (index++ >= first)
+      for (const auto& [stub, function] : runtime().functions)
+        if (function.module == &module && function.name.find(kernel) != std::string::npos)
+          return &module;
+  return nullptr;
+}
+
 }  // namespace
 
 // What the host code calls ------------------------------------------------------------------------
@@ -242,23 +252,23 @@ void ptx_statistics(uint64_t* counts) {
   std::copy(std::begin(all), std::end(all), counts);
 }
 
-// The text of the module that has this kernel, its name being part of the mangled one; null if
-// none.
-const char* ptx_module_text(const char* kernel) {
-  for (const auto& [stub, function] : runtime().functions)
-    if (function.name.find(kernel) != std::string::npos) return function.module->text.c_str();
-  return nullptr;
+// How many source files' modules have been loaded.
+uint32_t ptx_modules() { return static_cast<uint32_t>(runtime().modules.size()); }
+
+// The text of that one of the modules from `first` on that has this kernel, its name being part of
+// the mangled one; null if none.
+const char* ptx_module_text(const char* kernel, uint32_t first) {
+  Module* const module = find_module(kernel, first);
+  return module == nullptr ? nullptr : module->text.c_str();
 }
 
 // Has launches of that module run another text.
-int ptx_replace_module_text(const char* kernel, const char* text) {
-  for (const auto& [stub, function] : runtime().functions)
-    if (function.name.find(kernel) != std::string::npos) {
-      function.module->text = text;
-      function.module->program.reset();
-      return success;
-    }
-  return fail(invalid_value, "no such kernel");
+int ptx_replace_module_text(const char* kernel, uint32_t first, const char* text) {
+  Module* const module = find_module(kernel, first);
+  if (module == nullptr) return fail(invalid_value, "no such kernel");
+  module->text = text;
+  module->program.reset();
+  return success;
 }
 
 // Runs a kernel from its text; `parameters` are laid out as the kernel declares them.
