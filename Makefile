@@ -1,4 +1,4 @@
-# make demo | test | prove | fuzz | lint | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
+# make demo | test | prove | gpu | fuzz | lint | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
 #
 # PYTHON   the interpreter to build on. A torch that it already has and that this package supports is
 #          used as it is, for example on a GPU machine; otherwise $(TORCH) is installed.
@@ -27,7 +27,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 CXX_FOUND := $(shell command -v $(CXX) || command -v c++ || command -v g++ || command -v clang++)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test prove fuzz lint clean compiler
+.PHONY: demo test prove gpu fuzz lint clean compiler
 
 demo: $(VENV)/.demo compiler
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,12 @@ test: $(VENV)/.test compiler
 # The CUDA kernels' PTX, executed on the CPU: many problems, and every planted bug. Needs nvcc.
 prove: $(VENV)/.test compiler
 	GNA_PROVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ptx $(PYTEST_ARGS)
+
+# On a GPU machine: what the kernels compute, then how fast; the figures go to benchmarks/results.
+gpu: $(VENV)/.test compiler
+	$(BIN)/gna doctor
+	$(BIN)/python -m pytest -n 4 $(addprefix tests/test_,sm90.py sm100.py flex.py cuda.py gpu_models.py)
+	$(BIN)/python -m benchmarks kernels
 
 fuzz: $(VENV)/.dev compiler
 	$(BIN)/cmake -S . -B build/fuzz -DGNA_PYTHON=OFF -DGNA_FUZZ=ON -DGNA_SANITIZE=address,undefined

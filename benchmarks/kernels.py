@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import plots, record, timing
 from gna_compile.geometry import Neighborhood
 from gna_compile.ops import neighborhood_attention
-from gna_compile.planner import Workload, plan, speedups
+from gna_compile.planner import ARCHITECTURES, Workload, plan, speedups
 from gna_compile.simulate import cases
 
 PEERS = ("fa2", "flex", "cudnn")
@@ -175,7 +175,9 @@ def main(
     ] = None,
     peers: Annotated[str, typer.Option(help="Who runs beside ours.")] = ",".join(PEERS),
     repeats: Annotated[int, typer.Option(help="Turns of each.")] = 7,
-    provider: Annotated[str, typer.Option(help="Which kernel is ours.")] = "sm90",
+    provider: Annotated[
+        str, typer.Option(help="Which kernel is ours; this GPU's native one if none.")
+    ] = "",
 ) -> None:
     """The kernel against cuDNN, FlashAttention-2 and FlexAttention, and its predicted time."""
     chosen = [peer for peer in peers.split(",") if peer]
@@ -185,6 +187,7 @@ def main(
                 raise typer.BadParameter(f"there is no {kind} {name!r}, only {', '.join(known)}")
     if not torch.cuda.is_available():
         raise typer.BadParameter("this needs a CUDA device")
+    provider = provider or ("sm100" if torch.cuda.get_device_capability()[0] == 10 else "sm90")
     torch.manual_seed(0)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(record.environment(), highlight=False)
@@ -219,8 +222,8 @@ def measure(
     result.ratios = ratios.get(OURS, [])
     if OURS in result.speedups:
         result.of_goal = result.speedups[OURS] / case.target
-    if provider == "sm90":
-        predict(result, case)
+    if provider in ARCHITECTURES:
+        predict(result, case, provider)
     return result
 
 
@@ -253,15 +256,15 @@ def dense(peer: str, inputs: list[Tensor], mask: Tensor | None = None) -> Tensor
         return scaled_dot_product_attention(query, key, value, mask)
 
 
-def predict(result: Result, case: Case) -> None:
-    """Adds what the planner says of the Hopper kernel, as the provider asks it."""
+def predict(result: Result, case: Case, provider: str) -> None:
+    """Adds what the planner says of a native kernel, as the provider asks it."""
     workload = Workload(
         case.neighborhood.merged,
         case.problem.heads,
         case.problem.head_dim,
         key_mask=case.shown is not None,
     )
-    cut = plan(workload, "sm90")
+    cut = plan(workload, provider)
     result.predicted_ms = cut.milliseconds
     result.predicted_speedup = speedups(cut).predicted
     if OURS in result.ms:

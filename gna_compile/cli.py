@@ -154,7 +154,7 @@ def doctor() -> None:
     import torch
 
     import gna_compile.ops  # noqa: F401 - registers the op
-    from gna_compile.providers import PROVIDERS
+    from gna_compile.providers import PROVIDERS, first_use
     from gna_compile.providers.cpu import instruction_sets
     from gna_compile.providers.cuda_library import library
 
@@ -174,6 +174,10 @@ def doctor() -> None:
     console.print(f"CPU kernel: {isas or 'not built; install g++ or clang++ and reinstall'}")
     built = ", ".join(name for name in ("sm90", "sm100") if library(name) is not None)
     console.print(f"CUDA kernels: {built or 'not built; reinstall with GNA_CUDA=1'}")
+    for name in ("sm90", "sm100"):
+        cards = ", ".join(sorted(first_use.PROVEN.get(name, ())))
+        where = f"proven on {cards}" if cards else "executed by the PTX interpreter, on no GPU yet"
+        console.print(f"  {name}: {where}; its first use on another GPU model is checked")
     for provider in PROVIDERS:
         for device in sorted(provider.fast_on):
             reason = provider.supports(_probe(device))

@@ -1,6 +1,6 @@
 """What the Blackwell kernel should reach, from its machine code and its plans: a model, no measurement.
 
-`python tools/blackwell_model.py` compiles the kernel (nvcc and nvdisasm or cuobjdump on PATH), counts
+`python tools/blackwell_model.py` compiles the kernel (with nvcc and nvdisasm), counts
 what a key tile costs and prints the tables of docs/blackwell.md.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
+import sysconfig
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -78,6 +78,11 @@ class Step(NamedTuple):
 
 
 def step_of(head_dim: int) -> Step:
+    """Counted in the compiled kernel for bf16.
+
+    Raises:
+        RuntimeError: without nvcc or nvdisasm.
+    """
     code, labels = _machine_code(head_dim)
     start = next(i for i, line in enumerate(code) if line.startswith("LDTM.x32"))
     paths = [Counter(_name(line) for line in path) for path in _paths(code, labels, start)]
@@ -90,9 +95,10 @@ def step_of(head_dim: int) -> Step:
 
 def _machine_code(head_dim: int) -> tuple[list[str], dict[str, int]]:
     """The instructions of the kernel that is not careful, without predicates, and its labels."""
-    disassembler = shutil.which("nvdisasm")
+    packaged = sorted(Path(sysconfig.get_path("platlib")).glob("nvidia/cu*/bin/nvdisasm"))
+    disassembler = shutil.which("nvdisasm") or (str(packaged[-1]) if packaged else None)
     if disassembler is None or shutil.which("nvcc") is None:
-        sys.exit("needs nvcc and nvdisasm on PATH")
+        raise RuntimeError("needs nvcc and nvdisasm (pip install nvidia-cuda-nvdisasm)")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         flags = ["-std=c++17", "-O3", "-DNDEBUG", "-cubin", f"-I{ROOT / 'csrc/include'}"]

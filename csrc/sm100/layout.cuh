@@ -45,10 +45,10 @@ template <int head_dim>
 struct alignas(1024) Shared {
   static constexpr int boxes = head_dim / box_columns;
   static constexpr int tile_bytes = boxes * key_box_bytes;
-  static constexpr int stages = head_dim == 128 ? 3 : 8;  // keys and values in turn
+  static constexpr int stages = head_dim == 128 ? 4 : 8;  // keys and values by turns
   static constexpr int records = 4;
   static constexpr int work_slots = 2;
-  static constexpr int staged_boxes = 2;  // of output, on their way out
+  static constexpr int staged_boxes = head_dim == 128 ? 1 : 2;  // of output, on their way out
 
   // Of a thread by role, 65536 in all: who softens, who finishes, the others.
   static constexpr int soften_registers = head_dim == 64 ? 208 : 200;
@@ -69,8 +69,8 @@ struct alignas(1024) Shared {
   uint64_t weights_full[2], last_weights_full[2];  // three quarters of them, the rest
   uint64_t output_full[2], output_empty[2];
   uint64_t statistics_full[2], statistics_empty[2];
-  // Only for computing carefully. Who multiplies passes on that values are there: a stage of three has
-  // keys and values by turns, and phases of a barrier that nobody has waited for cannot be told apart.
+  // Only for computing carefully. Who multiplies passes on that values are there, and so is never more
+  // than a tile behind who cleans them.
   uint64_t values_full;
   uint64_t clean_full, clean_empty;
 
