@@ -566,9 +566,9 @@ def _in_brief(how: str) -> str:
     text = re.sub(r"thread \d+ exits", "a thread exits", text)
     text = re.sub(r"%\w+", "a register", text)
     text = re.sub(
-        r" \(line \d+\)| of warp \d+| at (0x)?[\da-f]+| \(a wait, fences, a barrier\)", "", text
+        r" \(line \d+\)| of warp \d+| at (0x[\da-f]+|\d+)| \(a wait, fences, a barrier\)", "", text
     )
-    return re.sub(r"(byte|lane|column|line|thread|warp) (0x)?[\da-f]+", r"a \1", text)
+    return re.sub(r"(byte|lane|column|line|thread|warp) (0x[\da-f]+|\d+)", r"a \1", text)
 
 
 def main() -> None:
