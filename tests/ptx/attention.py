@@ -56,6 +56,7 @@ class Attention:
     scale: float | None = None
     seed: int = 0
     layout: str = "BSHD"
+    minor: int | None = None  # of the compute capability, if not the architecture's first
     poison: dict[str, list[tuple[tuple[int, ...], float]]] = field(default_factory=dict)
 
     @property
@@ -108,7 +109,9 @@ class Attention:
         query, key, value, key_mask = self.inputs()
         around, output = self._empty(self.heads)
         logsumexp = torch.full((self.batch, self.heads, self.tokens), torch.nan)
-        interpreter.configure(schedule, multiprocessors, ARCHITECTURES[name][1])
+        major, minor = ARCHITECTURES[name][1]
+        minor = minor if self.minor is None else self.minor
+        interpreter.configure(schedule, multiprocessors, (major, minor))
         for tensor in (query, key, value):
             interpreter.register(tensor)
         interpreter.register(output, writable=True)
@@ -214,4 +217,5 @@ def random_attention(seed: int, name: str) -> Attention:
         scale=rng.choice([None, None, 0.3, 1.0]),
         seed=seed,
         layout=rng.choice(["BSHD", "BHSD", "SBHD"]),
+        minor=rng.choice([0, 3]) if name == "sm100" else None,
     )

@@ -556,7 +556,8 @@ def _in_brief(how: str) -> str:
         return "wrong result"
     text = how.split(": launching the kernel: ")[-1]
     where = re.match(
-        r"(?:warp \d+, line \d+, (?:@ ?!? ?%\w+ )?|what line \d+, )([\w.:]+).*?: (?=[a-zD%])", text
+        r"(?:warp \d+, line \d+, (?:@ ?!? ?%\w+ )?|what line \d+, )([\w.:]+).*?: (?=[\da-zD%])",
+        text,
     )
     if where:
         parts = where[1].split(".")
@@ -564,8 +565,10 @@ def _in_brief(how: str) -> str:
         text = f"`{opcode}` {text[where.end() :]}"
     text = re.sub(r"thread \d+ exits", "a thread exits", text)
     text = re.sub(r"%\w+", "a register", text)
-    text = re.sub(r" \(line \d+\)| of warp \d+| at \d+| \(a wait, fences, a barrier\)", "", text)
-    return re.sub(r"(byte|lane|column|line|thread|warp) \d+", r"a \1", text)
+    text = re.sub(
+        r" \(line \d+\)| of warp \d+| at (0x[\da-f]+|\d+)| \(a wait, fences, a barrier\)", "", text
+    )
+    return re.sub(r"(byte|lane|column|line|thread|warp) (0x[\da-f]+|\d+)", r"a \1", text)
 
 
 def main() -> None:

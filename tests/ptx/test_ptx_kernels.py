@@ -45,10 +45,19 @@ def test_blocks_share_the_work(kernel: str, multiprocessors: int) -> None:
     attention.check(kernel, schedule=multiprocessors, multiprocessors=multiprocessors)
 
 
+@pytest.mark.parametrize("problem", ["plain", "long"])
+def test_compute_capability_10_3(problem: str) -> None:
+    """Its exponentials are computed otherwise."""
+    attention = PROBLEMS[problem]("sm100")
+    attention.minor = 3
+    for schedule in range(4):
+        attention.check("sm100", schedule=schedule)
+
+
 def _check_random(kernel: str, seeds: range) -> None:
     for seed in seeds:
         attention = random_attention(seed, kernel)
-        for schedule in (seed, seed + 7):
+        for schedule in (seed, seed + 7, seed + 14):
             attention.check(kernel, schedule=schedule, multiprocessors=1 + seed % 3)
 
 

@@ -17,6 +17,8 @@ using namespace gna::ptx;
 
 enum Error : int { success = 0, invalid_value = 1, not_found = 500, launch_failure = 719 };
 
+constexpr int most_multiprocessors = 16;  // less than this many
+
 struct Dim3 {
   unsigned x, y, z;
 };
@@ -180,12 +182,13 @@ int cudaLaunchKernel(const void* stub, Dim3 grid, Dim3 block, void** arguments, 
   return __cudaLaunchKernel(kernel, grid, block, arguments, shared, nullptr);
 }
 
+// Each configuration is a device of its own, since host code may remember what it knows of one.
 int cudaGetDevice(int* device) {
-  *device = 0;
+  *device = runtime().multiprocessors + most_multiprocessors * runtime().capability[1];
   return success;
 }
 int cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = 64;
   return success;
 }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
@@ -229,7 +232,7 @@ void ptx_configure(uint64_t seed, uint64_t most_instructions, int multiprocessor
   Runtime& it = runtime();
   it.seed = seed;
   it.most_instructions = most_instructions;
-  it.multiprocessors = multiprocessors;
+  it.multiprocessors = std::min(multiprocessors, most_multiprocessors - 1);
   it.capability[0] = major;
   it.capability[1] = minor;
   it.error = success;
