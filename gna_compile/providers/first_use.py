@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -134,7 +134,7 @@ def check(provider: str, device: str) -> str | None:
     from gna_compile.ops import neighborhood_attention
 
     generator = torch.Generator().manual_seed(0)
-    geometry = {"grid": (9, 30), "window": (5, 11), "stride": (1, 3), "prefix": 7}
+    geometry: dict[str, Any] = {"grid": (9, 30), "window": (5, 11), "stride": (1, 3), "prefix": 7}
     tokens = 9 * 30 + 7
     key_mask = (torch.arange(7) != 2)[None].to(device)
     for head_dim in (64, 128):
@@ -145,10 +145,10 @@ def check(provider: str, device: str) -> str | None:
             ]
             for x in inputs[1:]:
                 x[:, :, 2] = torch.nan  # hidden by the mask
-            options = {**geometry, "key_mask": key_mask, "return_logsumexp": True}
-            actual = neighborhood_attention(*inputs, **options, provider=provider)  # type: ignore[arg-type]
+            options: dict[str, Any] = {**geometry, "key_mask": key_mask, "return_logsumexp": True}
+            actual = neighborhood_attention(*inputs, **options, provider=provider)
             exact = [x.float() for x in inputs]
-            wanted = neighborhood_attention(*exact, **options, provider="portable")  # type: ignore[arg-type]
+            wanted = neighborhood_attention(*exact, **options, provider="portable")
             for name, a, b in zip(("output", "logsumexp"), actual, wanted, strict=True):
                 error = float((a.float() - b).norm() / b.norm())
                 if not error < _TOLERANCE:

@@ -130,7 +130,7 @@ def _unusable_on(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
     if head_dim > _SMALL_HEAD_DIM and shared < _LARGE_SHARED:
         return (
             f"head size {head_dim} needs {_LARGE_SHARED} bytes of shared memory, not {shared}: "
-            "PyTorch's kernels for it do not fit (pytorch/pytorch issue 180278)"
+            f"PyTorch's kernels for more than {_SMALL_HEAD_DIM} do not fit"
         )
     return None
 
