@@ -4,17 +4,21 @@
 
 #include "gna/bits.h"
 #include "gna/box_mask.h"
+#include "gna/coordinate_mask.h"
 #include "gna/walk.h"
 
 namespace {
 
 using namespace gna;
 
-// Whether a row of a query tile sees column `column` of a key tile, by the words of box_mask.h.
-bool sees_in_tile(const Problem& problem, const QueryTile& query, int32_t row, const KeyTile& tile,
-                  int32_t column) {
+// Whether a row of a query tile sees column `column` of a key tile, by the words of box_mask.h; -1 if
+// coordinate_mask.h says otherwise.
+int32_t sees_in_tile(const Problem& problem, const QueryTile& query, int32_t row, const KeyTile& tile,
+                     int32_t column) {
   if (tile.part != grid_part) return tile.at[2] + column < part_tokens(problem, tile.part);
-  uint32_t word = all_bits;
+  const CoordinateBits bits = coordinate_bits(
+      {problem.axes[0].log2_key, problem.axes[1].log2_key, problem.axes[2].log2_key});
+  uint32_t word = all_bits, hidden = 0;
   int32_t log2_inner = 0;
   for (int32_t a = max_axes - 1; a >= 0; --a) {
     const QueryAxis& axis = query.axes[a];
@@ -25,9 +29,17 @@ bool sees_in_tile(const Problem& problem, const QueryTile& query, int32_t row, c
     const AxisWords words = axis_words(log2_inner, problem.axes[a].log2_key);
     const int32_t first = tile.at[a] + first_of_word(words, column / 32);
     word &= word_bits(words, {keys.begin - first, keys.end - first});
+    hidden |= hidden_coordinates(bits, a, {keys.begin - tile.at[a], keys.end - tile.at[a]});
     log2_inner += problem.axes[a].log2_key;
   }
-  return word >> column % 32 & 1;
+  const bool sees = word >> column % 32 & 1;
+  // As the matrix unit sums it up: no element of one is not zero where the other's is not.
+  uint32_t meets = 0;
+  for (int32_t pair = 0; pair < 8 * bits.steps; ++pair)
+    for (int32_t shift = 0; shift < 32; shift += 16)
+      meets |= two_columns(hidden, pair, hidden_element) >> shift & 0xffff &&
+               two_columns(coordinates_of(bits, column), pair, has_element) >> shift & 0xffff;
+  return bits.steps > 0 && (meets == 0) != sees ? -1 : sees;
 }
 
 // The token of a position in each axis, or -1 outside the grid.
@@ -87,7 +99,8 @@ extern "C" int32_t walk_all(const int32_t* axes, int32_t prefix, int32_t suffix,
                                                   : part_token(problem, query.part, query.first + row);
         if (q < 0) continue;
         for (int32_t column = 0; column < 1 << problem.log2_key_tile; ++column) {
-          const bool sees = sees_in_tile(problem, query, row, walk.tile, column);
+          const int32_t sees = sees_in_tile(problem, query, row, walk.tile, column);
+          if (sees < 0) return __LINE__;
           if (sees && !visited) return __LINE__;
           if (!sees && interior) return __LINE__;
           if (!sees) continue;

@@ -4,7 +4,8 @@
 // raster grid arrive in shared memory as the swizzled rows that the matrix unit reads, through rank-5
 // tensor maps, so tokens are never permuted. The two warpgroups take turns at the matrix unit, so that
 // one's softmax runs beside the other's products, and a turn holds the scores of a tile and the output
-// of the tile before it, as in FlashAttention-3 (arXiv 2407.08608).
+// of the tile before it, as in FlashAttention-3 (arXiv 2407.08608). The matrix unit masks too: see
+// coordinate_mask.h.
 //
 // Who does what: one warp works out the next query tile (geometry, and what each row sees); one walks
 // its key tiles, judges them for both halves of the rows and has them loaded; one has the values loaded;
@@ -78,6 +79,8 @@ struct Forward {
   __device__ __forceinline__ void load_queries_and_keys() const {
     const int lane = threadIdx.x % 32;
     const bool leads = lane == 0;
+    uint32_t by_words = globals_masked;
+    if (parameters.key_coordinates.steps == 0) by_words |= axes_masked | axes_masked << half_bits;
     const int axis = smaller(lane % 4, max_axes - 1);
     const int log2_extent = problem.axes[axis].log2_key;
     Place<stages> key;
@@ -94,6 +97,7 @@ struct Forward {
         const KeyTile tile = walk.tile;
         uint32_t flags = judge(parameters, work, rows, log2_extent, tile);
         walk.next(problem, work.tile);
+        if (flags & by_words) flags |= words_masked;
         if (walk.done) flags |= last_tile;
         wait(keys.empty + key.stage(), key.parity() ^ 1);
         if (leads) {
@@ -141,27 +145,44 @@ struct Forward {
 
   // Computing -------------------------------------------------------------------------------------
 
-  // The two warpgroups take turns, one turn for each key tile, at handing work to the matrix unit.
+  // The two warpgroups take turns at handing work to the matrix unit, one turn for each key tile that
+  // neither of them skips. At head size 64 products are short and exponentials many: there a turn ends
+  // only when the scores have come, so that one's exponentials meet the other's products.
+  static constexpr bool passes_late = head_dim == 64;
+
   __device__ __forceinline__ static void await_turn(int half) { named_sync<256>(1 + half); }
   __device__ __forceinline__ static void pass_turn(int half) { named_arrive<256>(2 - half); }
 
   __device__ __forceinline__ KeyRecord await_keys(const Place<stages>& key) const {
     wait(keys.full + key.stage(), key.parity());
     const int4 raw = *reinterpret_cast<const int4*>(key_records + key.stage());
-    return {{raw.x, raw.y, raw.z}, static_cast<uint32_t>(uniform(raw.w))};
+    return {{raw.x, raw.y, raw.z}, static_cast<uint32_t>(raw.w)};
   }
 
-  __device__ __forceinline__ void start_scores(float (&scores)[64], int half, int stage) const {
+  // `hides`: minus infinity where `hidden` says so.
+  __device__ __forceinline__ void start_scores(float (&scores)[64], int half, int stage, bool hides,
+                                               uint32_t (&hidden)[8]) const {
     const uint32_t a =
         matrix_descriptor(shared_address(shared + Shape::query) + half * half_rows * row_bytes, 16);
     const uint32_t b =
         matrix_descriptor(shared_address(shared + Shape::key) + stage * tile_bytes, 16);
     pin(scores);
+    pin(hidden);
+    if (hides) {
+      matrix_fence();
+      const uint32_t coordinates =
+          matrix_descriptor(shared_address(shared + Shape::coordinates), 16);
+      multiply_bf16(scores, hidden, coordinates, 0);
+      if (parameters.key_coordinates.steps == 2) {
+        matrix_fence();
+        multiply_bf16(scores, hidden + 4, coordinates + 2, 1);
+      }
+    }
     matrix_fence();
 #pragma unroll
     for (int k = 0; k < head_dim / 16; ++k) {
       const uint32_t offset = (k / 4 * box_bytes + k % 4 * 32) >> 4;
-      multiply<Element>(scores, a + offset, b + offset, k > 0);
+      multiply<Element>(scores, a + offset, b + offset, k > 0 || hides);
     }
     matrix_commit();
     pin(scores);
@@ -181,12 +202,26 @@ struct Forward {
     pin(output);
   }
 
-  // Whether this half needs a mask for the tile, and which.
-  __device__ __forceinline__ bool find_mask(const ThreadRows& rows, int batch,
-                                            const KeyRecord& tile, int shift,
-                                            MaskWords& words) const {
-    const uint32_t axes = tile.flags >> shift & axes_masked;
-    if (axes != 0)
+  // The axes along which this half needs a mask of the tile.
+  __device__ __forceinline__ static uint32_t masked_axes(const KeyRecord& tile, int shift) {
+    return tile.flags >> shift & axes_masked;
+  }
+
+  __device__ __forceinline__ static bool hides_by_product(const KeyRecord& tile, int shift) {
+    return masked_axes(tile, shift) != 0 && !(tile.flags & words_masked);
+  }
+
+  // Hides what this half does not see of a tile that is masked by words.
+  __device__ __forceinline__ void hide_by_words(float (&scores)[64], const ThreadRows& rows, int batch,
+                                                const KeyRecord& tile, int shift) const {
+    MaskWords words;
+    if (find_words(rows, batch, tile, shift, words)) hide(scores, words);
+  }
+
+  // Whether this half needs a mask for the tile, and which, as words.
+  __device__ __forceinline__ bool find_words(const ThreadRows& rows, int batch, const KeyRecord& tile,
+                                             int shift, MaskWords& words) const {
+    if (const uint32_t axes = masked_axes(tile, shift))
       grid_mask(parameters, rows, tile, axes, words);
     else if (tile.flags & globals_masked)
       global_mask(parameters, batch, tile.flags >> part_shift & 3, tile.at[2], words);
@@ -195,23 +230,22 @@ struct Forward {
     return true;
   }
 
-  // Hides and shifts the scores; whether offsets must be raised.
-  __device__ __forceinline__ static bool hide_and_shift(float (&scores)[64], const ThreadRows& rows,
-                                                        float scale, bool masked,
-                                                        const MaskWords& words) {
-    int limit[2] = {rows.limit[0], rows.limit[1]};
-    if (masked) {
-      hide(scores, words);
-      // A row that sees nothing of the tile needs no offset for it.
-      for (int r = 0; r < 2; ++r) limit[r] = words.any(r) ? limit[r] : INT32_MAX;
-    }
-    return shift_scores(scores, rows, scale, limit);
+  // Weights of shifted scores; raises offsets first, and scales `output` with them.
+  __device__ __forceinline__ static void raise_and_weigh(float (&scores)[64], ThreadRows& rows,
+                                                         float limit,
+                                                         float (&output)[head_dim / 2],
+                                                         uint32_t (&weights)[32], float (&sum)[2]) {
+    float rescale[2];
+    raise_offsets(scores, rows, limit, rescale);
+    scale_rows(output, rescale);
+    weigh<Element>(scores, weights, sum);
   }
 
   __device__ __forceinline__ void compute(int half) const {
     const int thread = threadIdx.x % 128;
     const int row = half * half_rows + thread / 32 * 16 + thread % 32 / 4;
     const int shift = half * half_bits;
+    const uint32_t own_skip = skipped << shift, other_skip = skipped << (half_bits - shift);
     const float scale = parameters.scale_log2;
     Place<stages> key;
     Place<1> query;
@@ -223,11 +257,9 @@ struct Forward {
       if (uniform(static_cast<int>(work.done))) break;
       const int batch = work.batch;
       ThreadRows rows;
-      start_rows(parameters, work, row, rows);
-      float scores[64], output[head_dim / 2], rescale[2];
-      uint32_t weights[32];
-      MaskWords words;
-      bool masked;
+      start_rows(parameters, work, row, parameters.key_coordinates.steps == 0, rows);
+      float scores[64], output[head_dim / 2], sum[2];
+      uint32_t weights[32], hidden[2] = {}, operands[8] = {};
 #pragma unroll
       for (float& x : output) x = 0.0f;
 
@@ -235,9 +267,7 @@ struct Forward {
       KeyRecord tile = await_keys(key), next;
       bool ended = false;
       while (true) {
-        while (tile.flags >> shift & skipped) {
-          await_turn(half);
-          pass_turn(half);
+        while (tile.flags & own_skip) {
           release(keys.empty + key.stage());
           wait(values.full + key.stage(), key.parity());
           release(values.empty + key.stage());
@@ -251,50 +281,70 @@ struct Forward {
           break;
         }
 
-        await_turn(half);
-        start_scores(scores, half, key.stage());
-        pass_turn(half);
+        bool hides = hides_by_product(tile, shift);
+        bool takes_turn = !(tile.flags & other_skip);
+        find_hidden(parameters, rows, tile, masked_axes(tile, shift), hidden);
+        hidden_operands(hidden, operands);
+        if (takes_turn) await_turn(half);
+        start_scores(scores, half, key.stage(), hides, operands);
+        if (takes_turn) pass_turn(half);
         ended = tile.flags & last_tile;
-        if (!ended) next = await_keys(key.next());
-        masked = find_mask(rows, batch, tile, shift, words);
+        if (!ended) {
+          next = await_keys(key.next());
+          find_hidden(parameters, rows, next, masked_axes(next, shift), hidden);
+        }
         matrix_wait<0>();
         pin(scores);
         release(keys.empty + key.stage());
         if (ended) release(queries.empty);
-        if (hide_and_shift(scores, rows, scale, masked, words)) {
-          raise_offsets(scores, rows, most_shifted<Element>, rescale);
-          scale_rows(output, rescale);
-        }
-        weigh<Element>(scores, rows, weights);
+        if (tile.flags & words_masked) hide_by_words(scores, rows, batch, tile, shift);
+        shift_scores(scores, rows, scale);
+        raise_and_weigh(scores, rows, most_shifted<Element>, output, weights, sum);
+        for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
+        bool settled = have_offsets(rows);
         Place<stages> value = key;
         key.advance();
 
         // The scores of a tile, and the output of the tile before it.
         while (!ended) {
           tile = next;
-          if (tile.flags >> shift & skipped) break;
-          await_turn(half);
-          start_scores(scores, half, key.stage());
+          if (tile.flags & own_skip) break;
+          hides = hides_by_product(tile, shift);
+          takes_turn = !(tile.flags & other_skip);
+          if (hides) hidden_operands(hidden, operands);
+          if (takes_turn) await_turn(half);
+          start_scores(scores, half, key.stage(), hides, operands);
           wait(values.full + value.stage(), value.parity());
           start_output(output, weights, value.stage());
-          pass_turn(half);
+          if (takes_turn && !passes_late) pass_turn(half);
           ended = tile.flags & last_tile;
-          if (!ended) next = await_keys(key.next());
-          masked = find_mask(rows, batch, tile, shift, words);
+          if (!ended) {
+            next = await_keys(key.next());
+            find_hidden(parameters, rows, next, masked_axes(next, shift), hidden);
+          }
           matrix_wait<1>();
           pin(scores);
+          if (takes_turn && passes_late) pass_turn(half);
           release(keys.empty + key.stage());
           if (ended) release(queries.empty);
-          const bool raises = hide_and_shift(scores, rows, scale, masked, words);
+          if (__builtin_expect((tile.flags & words_masked) != 0, 0))
+            hide_by_words(scores, rows, batch, tile, shift);
+          shift_scores(scores, rows, scale);
           matrix_wait<0>();
           pin(output);
           pin(weights);
           release(values.empty + value.stage());
-          if (raises) {
-            raise_offsets(scores, rows, most_shifted<Element>, rescale);
-            scale_rows(output, rescale);
+          bool raises = !settled;
+          if (settled) {
+            weigh<Element>(scores, weights, sum);
+            raises = is_too_large<Element>(sum);
+            if (__builtin_expect(raises, 0)) unweigh(scores);
           }
-          weigh<Element>(scores, rows, weights);
+          if (__builtin_expect(raises, 0)) {
+            raise_and_weigh(scores, rows, most_shifted<Element>, output, weights, sum);
+            settled = have_offsets(rows);
+          }
+          for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
           value = key;
           key.advance();
         }
@@ -316,8 +366,8 @@ struct Forward {
 
   // Computing carefully ---------------------------------------------------------------------------
   //
-  // A weight of zero does not hide a value that is not finite, and weights beyond 1 may take a huge
-  // one over the top. Where that shows in the output, a second kernel does all work again, in some
+  // A weight of zero does not hide a value that is not finite, minus infinity does not hide a score that
+  // is NaN or infinite, and weights beyond 1 may take a huge value over the top. Where that shows in the output, a second kernel does all work again, in some
   // four times the time: values that are not finite are taken out of each tile and added to the rows
   // that see them, and no weight exceeds 1. One step after the other, both warpgroups together.
 
@@ -331,29 +381,32 @@ struct Forward {
       const WorkRecord& work = work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
       ThreadRows rows;
-      start_rows(parameters, work, row, rows);
+      start_rows(parameters, work, row, true, rows);
       float scores[64], output[head_dim / 2], rescale[2];
-      uint32_t weights[32];
+      uint32_t weights[32], operands[8] = {};
 #pragma unroll
       for (float& x : output) x = 0.0f;
       wait(queries.full, query.parity());
       for (bool ended = false; !ended; key.advance()) {
         const KeyRecord tile = await_keys(key);
         ended = tile.flags & last_tile;
-        start_scores(scores, half, key.stage());
+        start_scores(scores, half, key.stage(), false, operands);
         matrix_wait<0>();
         pin(scores);
         release(keys.empty + key.stage());
         if (ended) release(queries.empty);
         MaskWords words;
-        if (!find_mask(rows, work.batch, tile, half * half_bits, words))
+        if (!find_words(rows, work.batch, tile, half * half_bits, words))
           for (auto& of_row : words.row)
             for (uint32_t& word : of_row) word = all_bits;
-        hide_and_shift(scores, rows, parameters.scale_log2, true, words);
+        hide(scores, words);
+        shift_scores(scores, rows, parameters.scale_log2);
         raise_offsets(scores, rows, 0.0f, rescale);
         for (float& by : rescale) by = fmaxf(by, 0x1p-126f);  // 0 would make NaN of inf
         scale_rows(output, rescale);
-        weigh<Element>(scores, rows, weights);
+        float sum[2];
+        weigh<Element>(scores, weights, sum);
+        for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
 
         wait(values.full + key.stage(), key.parity());
         const bool found = named_any<256>(5, take_out_non_finite(key.stage()));
@@ -435,12 +488,10 @@ struct Forward {
     const int lane = thread % 32;
     float sums[2] = {rows.sum[0], rows.sum[1]};
     row_reduce(sums, [](float a, float b) { return a + b; });
-    // A sum that is NaN comes from scores, and is right.
-    float zero[2] = {};
+    float zero = 0.0f;
 #pragma unroll
-    for (int i = 0; i < head_dim / 2; ++i) zero[i / 2 % 2] += 0.0f * output[i];
-    if ((zero[0] != 0.0f && sums[0] == sums[0]) || (zero[1] != 0.0f && sums[1] == sums[1]))
-      demand_redo(parameters);
+    for (int i = 0; i < head_dim / 2; ++i) zero += 0.0f * output[i];
+    if (zero != 0.0f) demand_redo(parameters);
     const float inverse[2] = {sums[0] == 0.0f ? 0.0f : __fdividef(1.0f, sums[0]),
                               sums[1] == 0.0f ? 0.0f : __fdividef(1.0f, sums[1])};
     scale_rows(output, inverse);
@@ -485,6 +536,10 @@ __device__ __forceinline__ void run(const Parameters& parameters) {
   uint8_t* const shared = raw + (1024 - shared_address(raw) % 1024) % 1024;
   const Forward<Element, head_dim> kernel(parameters, shared);
   if (threadIdx.x == 0) kernel.init_barriers();
+  if (!careful && threadIdx.x < 128) {
+    write_coordinates(parameters.key_coordinates, shared + Layout<head_dim>::coordinates);
+    fence_shared_for_copies();
+  }
   __syncthreads();
   if (threadIdx.x < 128) {
     give_registers<40>();

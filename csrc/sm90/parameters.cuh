@@ -16,6 +16,9 @@ constexpr int threads = 384;
 
 static_assert(box_bytes == key_box_bytes);
 
+// Of a KeyRecord: the tile is masked by words, of global keys or because its box has too many coordinates.
+constexpr uint32_t words_masked = 1 << 12;
+
 using WorkRecord = gna::cuda::WorkRecord<log2_tile>;
 
 // Where a tile of values has what is not finite: by column, the keys, 32 a word.
@@ -35,7 +38,8 @@ struct Layout {
   static constexpr int key = query + tile_bytes;
   static constexpr int value = key + stages * tile_bytes;
   static constexpr int output = value + stages * tile_bytes;
-  static constexpr int key_records = output + tile_bytes;
+  static constexpr int coordinates = output + tile_bytes;  // of the keys of a tile
+  static constexpr int key_records = coordinates + box_bytes;
   static constexpr int barriers = key_records + stages * static_cast<int>(sizeof(KeyRecord));
   static constexpr int work_records = barriers + (4 * stages + 2 + 2 * work_slots) * 8;
   static constexpr int non_finite = work_records + work_slots * static_cast<int>(sizeof(WorkRecord));

@@ -13,38 +13,36 @@ namespace gna::sm90 {
 
 constexpr float infinity = __builtin_huge_valf();
 
-// Limits of a shifted score; floats above zero compare as their bits do.
-constexpr int no_offset_yet = INT32_MIN;
-
 // The largest shifted score that needs no new offset: 2 to it, and sums of it, must be far below what
 // the type of the weights can hold. The higher, the seldomer offsets change.
 template <typename Element>
 constexpr float most_shifted = std::is_same_v<Element, __half> ? 10.0f : 30.0f;
 
+// A sum of 32 weights from here on has one that is larger than 2^most_shifted.
+template <typename Element>
+constexpr float most_summed = std::is_same_v<Element, __half> ? 0x1p15f : 0x1p35f;
+
 // The visible columns of a tile, 32 a word, for both rows of a thread.
 struct MaskWords {
   uint32_t row[2][4];
-
-  __device__ __forceinline__ bool any(int r) const {
-    return (row[r][0] | row[r][1] | row[r][2] | row[r][3]) != 0;
-  }
 };
 
 // The two rows of a thread.
 struct ThreadRows {
-  Range sees[2][max_axes];  // keys, relative to the first one of this lane's word
+  Range sees[2][max_axes];  // keys; for masks by words, relative to the first one of this lane's word
   float offset[2];          // weights are 2^(scaled score - offset)
-  int limit[2];             // the offset must be raised if a shifted score is larger, as float bits
+  bool has_offset[2];       // it has seen a score
   float sum[2];             // of the weights of this thread's columns
 };
 
-// `row`: the first of the two; the other lies 8 further.
+// `row`: the first of the two; the other lies 8 further. `by_words`: how tiles will be masked.
 __device__ __forceinline__ void start_rows(const Parameters& parameters, const WorkRecord& work,
-                                           int row, ThreadRows& rows) {
+                                           int row, bool by_words, ThreadRows& rows) {
   int axis_start = 0;
 #pragma unroll
   for (int a = 0; a < max_axes; ++a) {
-    const int first = first_of_word(parameters.key_words[a], threadIdx.x % 4);
+    const int first =
+        by_words ? first_of_word(parameters.key_words[a], threadIdx.x % 4) : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Range sees =
@@ -56,7 +54,47 @@ __device__ __forceinline__ void start_rows(const Parameters& parameters, const W
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     rows.offset[r] = rows.sum[r] = 0.0f;
-    rows.limit[r] = no_offset_yet;
+    rows.has_offset[r] = false;
+  }
+}
+
+// What both rows do not see of a tile of grid keys along some axes, by coordinate; see
+// coordinate_mask.h. Nothing is said if there is no such axis.
+__device__ __forceinline__ void find_hidden(const Parameters& parameters, const ThreadRows& rows,
+                                            const KeyRecord& tile, uint32_t axes,
+                                            uint32_t (&hidden)[2]) {
+  if (axes == 0) return;
+  hidden[0] = hidden[1] = 0;
+#pragma unroll
+  for (int a = 0; a < max_axes; ++a) {
+    if (!(axes & 1 << a)) continue;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Range sees = rows.sees[r][a];
+      hidden[r] |= hidden_coordinates(parameters.key_coordinates, a,
+                                      {sees.begin - tile.at[a], sees.end - tile.at[a]});
+    }
+  }
+}
+
+// The same as operands of the matrix unit: two steps of 16 columns.
+__device__ __forceinline__ void hidden_operands(const uint32_t (&hidden)[2],
+                                                uint32_t (&operands)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    operands[i] = two_columns(hidden[i % 2], i / 2 * 4 + threadIdx.x % 4, hidden_element);
+}
+
+// Writes which coordinates the keys of a tile have, in the layout of a tile of keys. 128 threads.
+__device__ __forceinline__ void write_coordinates(const CoordinateBits& bits, uint8_t* to) {
+  const int key = threadIdx.x % 128;
+  const uint32_t has = coordinates_of(bits, key);
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    uint32_t columns[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) columns[i] = two_columns(has, 4 * chunk + i, has_element);
+    *reinterpret_cast<uint4*>(to + key * row_bytes + (chunk ^ key % 8) * 16) = {
+        columns[0], columns[1], columns[2], columns[3]};
   }
 }
 
@@ -118,26 +156,22 @@ __device__ __forceinline__ void row_reduce(float (&x)[2], Combine combine) {
     for (int r = 0; r < 2; ++r) x[r] = combine(x[r], __shfl_xor_sync(full_warp, x[r], distance));
 }
 
-// Online softmax (Milakov and Gimelshein, arXiv 1805.02867), in three steps.
+// Online softmax (Milakov and Gimelshein, arXiv 1805.02867).
 //
-// The offset of a row is raised only when a score is far larger, and the result is the same, since the
-// sum is relative to the same offset. That is rare, and all that a tile needs otherwise is to know that
-// it is not the case: no reduction over the lanes of a row, no chain from the largest score to the
-// first weight.
+// The offset of a row is that of the first scores that it sees, and is raised only when weights become
+// very large; the result is the same, since the sum is relative to the same offset. So nothing stands
+// between scores and weights but a product and an exponential: no largest score, and no reduction over
+// the lanes of a row. Weights that are too large show in their sum, and tell their scores.
 
-// Scales and shifts the scores; whether the offset of any row of the warp must be raised.
-// `limit`: of the shifted scores, by row.
-__device__ __forceinline__ bool shift_scores(float (&scores)[64], const ThreadRows& rows,
-                                             float scale_log2, const int (&limit)[2]) {
-  int largest[2][2] = {{INT32_MIN, INT32_MIN}, {INT32_MIN, INT32_MIN}};
+__device__ __forceinline__ void shift_scores(float (&scores)[64], const ThreadRows& rows,
+                                             float scale_log2) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    const int r = i / 2 % 2;
-    scores[i] = fmaf(scores[i], scale_log2, -rows.offset[r]);
-    largest[r][i % 2] = max(largest[r][i % 2], __float_as_int(scores[i]));
-  }
-  return __any_sync(full_warp, max(largest[0][0], largest[0][1]) >= limit[0] ||
-                                   max(largest[1][0], largest[1][1]) >= limit[1]);
+  for (int i = 0; i < 64; ++i) scores[i] = fmaf(scores[i], scale_log2, -rows.offset[i / 2 % 2]);
+}
+
+// Whether all rows of the warp have an offset.
+__device__ __forceinline__ bool have_offsets(const ThreadRows& rows) {
+  return __all_sync(full_warp, rows.has_offset[0] && rows.has_offset[1]);
 }
 
 // Raises the offsets of the warp's rows to their largest score where its shifted value is at least
@@ -153,22 +187,23 @@ __device__ __forceinline__ void raise_offsets(float (&scores)[64], ThreadRows& r
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     // Nothing visible yet leaves minus infinity: such a row waits for its first score.
-    const bool first = rows.limit[r] == no_offset_yet;
+    const bool first = !rows.has_offset[r];
     const bool raises = first ? largest[r] != -infinity : largest[r] >= limit;
     by[r] = raises ? largest[r] : 0.0f;
     rescale[r] = first ? 1.0f : exp2_approximate(-by[r]);
     rows.offset[r] += by[r];
-    rows.limit[r] = raises || !first ? __float_as_int(limit) : no_offset_yet;
+    rows.has_offset[r] |= raises;
     rows.sum[r] *= rescale[r];
   }
 #pragma unroll
   for (int i = 0; i < 64; ++i) scores[i] -= by[i / 2 % 2];
 }
 
-// Turns shifted scores into weights, as 16-bit operands of the matrix unit: in the scores' layout.
+// Turns shifted scores into weights, also as 16-bit operands of the matrix unit, in the scores' layout;
+// `sum`: of this thread's, by row.
 template <typename Element>
-__device__ __forceinline__ void weigh(float (&scores)[64], ThreadRows& rows,
-                                      uint32_t (&weights)[32]) {
+__device__ __forceinline__ void weigh(float (&scores)[64], uint32_t (&weights)[32],
+                                      float (&sum)[2]) {
   constexpr int part = 8;
   float sums[2][2] = {};
   // What follows from the exponentials of one part stands behind those of the next.
@@ -186,7 +221,19 @@ __device__ __forceinline__ void weigh(float (&scores)[64], ThreadRows& rows,
       }
   }
 #pragma unroll
-  for (int r = 0; r < 2; ++r) rows.sum[r] += sums[r][0] + sums[r][1];
+  for (int r = 0; r < 2; ++r) sum[r] = sums[r][0] + sums[r][1];
+}
+
+// Whether a row of the warp has weights for which its offset must be raised.
+template <typename Element>
+__device__ __forceinline__ bool is_too_large(const float (&sum)[2]) {
+  return __any_sync(full_warp, fmaxf(sum[0], sum[1]) >= most_summed<Element>);
+}
+
+// What `weigh` made them of. A weight that is infinite stays so, and is found in the output.
+__device__ __forceinline__ void unweigh(float (&scores)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) scores[i] = log2_approximate(scores[i]);
 }
 
 // Multiplies the rows of an accumulator.

@@ -69,6 +69,11 @@ def _long(kernel: str) -> Attention:
     return Attention([(700, 400, 1, 1, True, 8 if kernel == "sm100" else 7, 7)], scale=3.0)
 
 
+def _steep(kernel: str) -> Attention:
+    """Scores of which some exceed all before by more than a weight can hold."""
+    return Attention([(700, 400, 1, 1, False, 8 if kernel == "sm100" else 7, 7)], scale=12.0)
+
+
 def _careful(kernel: str) -> Attention:
     attention = _plain(kernel)
     attention.poison["value"] = [((0, 0, 100, 3), float("nan")), ((0, 0, 300, 40), float("inf"))]
@@ -80,6 +85,7 @@ PROBLEMS: dict[str, Callable[[str], Attention]] = {
     "wide": _wide,
     "globals": _globals,
     "long": _long,
+    "steep": _steep,
     "careful": _careful,
 }
 
@@ -96,14 +102,17 @@ MUTATIONS = [
     _sm90(
         "keys are not released after the scores of a tile",
         FORWARD,
-        "matrix_wait<1>();\n          pin(scores);\n          release(keys.empty + key.stage());",
-        "matrix_wait<1>();\n          pin(scores);",
+        "passes_late) pass_turn(half);\n          release(keys.empty + key.stage());",
+        "passes_late) pass_turn(half);",
     ),
     _sm90(
         "keys are released before the scores are there",
         FORWARD,
-        "matrix_wait<1>();\n          pin(scores);\n          release(keys.empty + key.stage());",
-        "release(keys.empty + key.stage());\n          matrix_wait<1>();\n          pin(scores);",
+        "matrix_wait<1>();\n          pin(scores);\n"
+        "          if (takes_turn && passes_late) pass_turn(half);\n"
+        "          release(keys.empty + key.stage());",
+        "release(keys.empty + key.stage());\n          matrix_wait<1>();\n          pin(scores);\n"
+        "          if (takes_turn && passes_late) pass_turn(half);",
         problem="wide",
     ),
     _sm90(
@@ -137,17 +146,17 @@ MUTATIONS = [
         "values are not awaited in the loop",
         FORWARD,
         "          wait(values.full + value.stage(), value.parity());\n"
-        "          start_output(output, weights, value.stage());\n          pass_turn(half);",
-        "          start_output(output, weights, value.stage());\n          pass_turn(half);",
+        "          start_output(output, weights, value.stage());\n          if (takes",
+        "          start_output(output, weights, value.stage());\n          if (takes",
     ),
     _sm90(
         "the query is given back before its last scores",
         FORWARD,
-        "        await_turn(half);\n        start_scores(scores, half, key.stage());\n"
-        "        pass_turn(half);\n        ended = tile.flags & last_tile;",
-        "        await_turn(half);\n        ended = tile.flags & last_tile;\n"
-        "        if (ended) release(queries.empty);\n"
-        "        start_scores(scores, half, key.stage());\n        pass_turn(half);",
+        "        start_scores(scores, half, key.stage(), hides, operands);\n"
+        "        if (takes_turn) pass_turn(half);\n        ended = tile.flags & last_tile;",
+        "        ended = tile.flags & last_tile;\n        if (ended) release(queries.empty);\n"
+        "        start_scores(scores, half, key.stage(), hides, operands);\n"
+        "        if (takes_turn) pass_turn(half);",
         problem="long",
     ),
     _sm90(
@@ -158,10 +167,10 @@ MUTATIONS = [
         problem="long",
     ),
     _sm90(
-        "a half that skips a tile does not take its turn",
+        "a half takes its turn with a tile that the other skips",
         FORWARD,
-        "          await_turn(half);\n          pass_turn(half);\n",
-        "",
+        "          takes_turn = !(tile.flags & other_skip);",
+        "          takes_turn = true;",
         problem="long",
     ),
     _sm90(
@@ -198,9 +207,49 @@ MUTATIONS = [
         "scores are read before they are there",
         FORWARD,
         "        matrix_wait<0>();\n        pin(scores);\n        release(keys.empty + key.stage());\n"
-        "        if (ended) release(queries.empty);\n        if (hide_and_shift",
+        "        if (ended) release(queries.empty);\n        if (tile",
         "        pin(scores);\n        release(keys.empty + key.stage());\n"
-        "        if (ended) release(queries.empty);\n        if (hide_and_shift",
+        "        if (ended) release(queries.empty);\n        if (tile",
+    ),
+    _sm90(
+        "the coordinates of keys are not shown to the matrix unit",
+        FORWARD,
+        "    fence_shared_for_copies();\n  }\n  __syncthreads();",
+        "  }\n  __syncthreads();",
+    ),
+    _sm90(
+        "masks end after their first step",
+        FORWARD,
+        "if (parameters.key_coordinates.steps == 2)",
+        "if (parameters.key_coordinates.steps == 3)",
+    ),
+    _sm90(
+        "a mask is that of the tile after",
+        FORWARD,
+        "find_hidden(parameters, rows, tile, masked_axes(tile, shift), hidden);\n"
+        "        hidden_operands(hidden, operands);\n        if (takes_turn) await_turn(half);",
+        "if (takes_turn) await_turn(half);",
+    ),
+    _sm90(
+        "masks are written while the matrix unit reads them",
+        FORWARD,
+        "            find_hidden(parameters, rows, next, masked_axes(next, shift), hidden);\n",
+        "            find_hidden(parameters, rows, next, masked_axes(next, shift), hidden);\n"
+        "            hidden_operands(hidden, operands);\n",
+    ),
+    _sm90(
+        "masks by words are forgotten",
+        FORWARD,
+        "if (flags & by_words) flags |= words_masked;",
+        "",
+        problem="globals",
+    ),
+    _sm90(
+        "large weights are not turned back into scores",
+        FORWARD,
+        "if (__builtin_expect(raises, 0)) unweigh(scores);",
+        "",
+        problem="long",
     ),
     _sm90(
         "the matrix unit steps through a row by 16 bytes",
@@ -225,6 +274,7 @@ MUTATIONS = [
         FORWARD,
         "    barrier_init_fence();\n",
         "",
+        problem="careful",
     ),
     _sm90(
         "barriers are used before they are known",

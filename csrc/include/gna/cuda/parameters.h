@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "gna/box_mask.h"
+#include "gna/coordinate_mask.h"
 #include "gna/walk.h"
 
 namespace gna::cuda {
@@ -32,6 +33,7 @@ struct Parameters {
   Maps query, key, value, output;
   Problem problem;
   AxisWords key_words[max_axes];  // of a key tile's box
+  CoordinateBits key_coordinates;  // of the same
   int32_t batch, heads;
   int32_t heads_per_kv_head;
   float scale_log2;  // of the logits, in units of log2

@@ -152,6 +152,12 @@ __device__ __forceinline__ void take_registers() {
 
 // Numbers -----------------------------------------------------------------------------------------
 
+__device__ __forceinline__ float log2_approximate(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Two floats as 16-bit elements in one register, `low` in the lower half.
 template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
