@@ -6,6 +6,8 @@ number is from; `clock` is fitted so that dense attention takes as long as it wa
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,19 +23,22 @@ class Architecture:
         flops: of 16-bit matrix work, per clock.
         exponentials: per clock.
         start: cycles of a query tile besides its key tiles and the transfer of its rows.
-        mask_elements: elements of a boundary tile that are masked per clock.
+        mask_elements: elements of a boundary tile that are masked per clock, by words of bits.
         bytes: between L2 cache and shared memory, per clock.
         tiles: tokens of a query tile and of a key tile, as the kernel has them.
         query_parts: how many boxes a query box is read in, cut along its first axes.
         max_step: the largest dilation of an axis along which a box may hold more than one token.
         max_span: the most tokens from end to end of a box along one axis, dilation included.
+        product_coordinates: key boxes with at most so many coordinates, those of three axes added up,
+            are masked by a matrix product instead; 0 if none is.
+        product_elements: elements of such a boundary tile that are masked per clock.
     """
 
     name: str
     units: int
     clock: float
     flops: int
-    exponentials: int
+    exponentials: float
     start: float
     mask_elements: float
     bytes: float
@@ -41,16 +46,20 @@ class Architecture:
     query_parts: int = 1
     max_step: int = 8
     max_span: int = 256
+    product_coordinates: int = 0
+    product_elements: float = math.inf
 
     def launch(
-        self, query_tile: int, key_tile: int, heads: int, head_dim: int, element_bytes: int
+        self, query_tile: int, key_box: Sequence[int], heads: int, head_dim: int, element_bytes: int
     ) -> Launch:
-        """The costs of tiles of so many tokens in one launch over `heads` (batch x heads)."""
-        pairs = query_tile * key_tile
+        """The costs of tiles of so many queries and of such keys in one launch over `heads` (batch x heads)."""
+        pairs = query_tile * math.prod(key_box)
+        coordinates = sum(key_box) + 3 - len(key_box)
+        by_product = coordinates <= self.product_coordinates
         return Launch(
             row=self.start + 2 * query_tile * head_dim * element_bytes / self.bytes,
             tile=4 * pairs * head_dim / self.flops + pairs / self.exponentials,
-            mask=pairs / self.mask_elements,
+            mask=pairs / (self.product_elements if by_product else self.mask_elements),
             heads=heads,
             units=self.units,
             clock=self.clock,
@@ -97,7 +106,19 @@ _MASK_ELEMENTS = 128 / 1.8
 ARCHITECTURES = {
     table.name: table
     for table in (
-        Architecture("sm90", 132, 1.755, 4096, 14, 5500, 15.0, 45.0, ((128, 128),)),
+        Architecture(
+            "sm90",
+            132,
+            1.73,
+            4096,
+            16.8,
+            3800,
+            22.0,
+            45.0,
+            ((128, 128),),
+            product_coordinates=32,
+            product_elements=38.0,
+        ),
         Architecture(
             "sm100", 148, 1.99, 8192, 16, 0, _MASK_ELEMENTS, 45.0, ((256, 128),), query_parts=2
         ),

@@ -170,7 +170,7 @@ def _with(
     neighborhood, key_mask = workload.neighborhood, workload.key_mask
     grid = grid_counts(neighborhood, query_box, key_box, tiling, key_mask)
     rows = global_counts(neighborhood, math.prod(query_box), key_box, key_mask)
-    time = _launch(workload, architecture, math.prod(query_box), math.prod(key_box)).milliseconds(
+    time = _launch(workload, architecture, math.prod(query_box), key_box).milliseconds(
         grid.query_tiles + rows.query_tiles,
         grid.visited.sum + rows.visited.sum,
         grid.boundary.sum + rows.boundary.sum,
@@ -180,10 +180,10 @@ def _with(
 
 
 def _launch(
-    workload: Workload, architecture: Architecture, query_tile: int, key_tile: int
+    workload: Workload, architecture: Architecture, query_tile: int, key_box: Box
 ) -> Launch:
     return architecture.launch(
-        query_tile, key_tile, workload.heads, workload.head_dim, workload.element_bytes
+        query_tile, key_box, workload.heads, workload.head_dim, workload.element_bytes
     )
 
 
@@ -192,12 +192,15 @@ def _cheapest(
 ) -> tuple[float, Box, Box]:
     """Predicted time, query box and key box of the best cut into tiles of these sizes."""
     neighborhood, key_mask = workload.neighborhood, workload.key_mask
-    launch = _launch(workload, architecture, query_tile, key_tile)
     global_keys, whole = global_key_tiles(neighborhood, key_tile)
     masked_globals = global_keys if key_mask else global_keys - whole
     query_boxes = _fitting(neighborhood.axes, query_tile, architecture, architecture.query_parts)
     key_boxes = [
-        (box, global_counts(neighborhood, query_tile, box, key_mask))
+        (
+            box,
+            _launch(workload, architecture, query_tile, box),
+            global_counts(neighborhood, query_tile, box, key_mask),
+        )
         for box in _fitting(neighborhood.axes, key_tile, architecture)
     ]
     # Counts of every axis by its two extents, looked up once and not for each pair of boxes.
@@ -205,13 +208,13 @@ def _cheapest(
         {
             (query, key): axis_counts(axis, query, key, tiling)
             for query in {box[index] for box in query_boxes}
-            for key in {box[index] for box, _ in key_boxes}
+            for key in {box[index] for box, *_ in key_boxes}
         }
         for index, axis in enumerate(neighborhood.axes)
     ]
     best: tuple[float, Box, Box] = (math.inf, (), ())
     for query_box in query_boxes:
-        for key_box, rows in key_boxes:
+        for key_box, launch, rows in key_boxes:
             tiles = visited = interior = most = 1
             for table, extents in zip(tables, zip(query_box, key_box, strict=True), strict=True):
                 counts = table[extents]
