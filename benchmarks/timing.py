@@ -12,10 +12,10 @@ import torch
 
 T = TypeVar("T")
 Run = Callable[[], object]
-Clock = Callable[[Run, int], float]
+Clock = Callable[[Run, int, int], float]
 
-_SHORTEST = 4.0  # milliseconds that one turn takes at least; short calls are repeated within it
-_SETTLING = 100.0  # and that its contestant runs before, uncounted
+_SHORTEST = 20.0  # milliseconds that one turn takes at least; short calls are repeated within it
+_SETTLING = 100.0  # and that its contestant runs right before, uncounted
 
 
 def first_calls(runs: dict[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, str]]:
@@ -37,13 +37,15 @@ def first_calls(runs: dict[str, Callable[[], T]]) -> tuple[dict[str, T], dict[st
 
 
 def clock(device: str) -> Clock:
-    """A function of a run and how often to call it: milliseconds a call."""
+    """A function of a run, how often to call it first, and how often then: milliseconds of a latter call."""
     return _on_cuda if device == "cuda" else _on_cpu
 
 
-def _on_cuda(run: Run, calls: int) -> float:
+def _on_cuda(run: Run, before: int, calls: int) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    for _ in range(before):
+        run()
+    start.record()  # with the queue full, so that no launch is waited for
     for _ in range(calls):
         run()
     stop.record()
@@ -51,7 +53,9 @@ def _on_cuda(run: Run, calls: int) -> float:
     return float(start.elapsed_time(stop)) / calls
 
 
-def _on_cpu(run: Run, calls: int) -> float:
+def _on_cpu(run: Run, before: int, calls: int) -> float:
+    for _ in range(before):
+        run()
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -65,7 +69,7 @@ def take_turns(runs: Mapping[str, Run], repeats: int, measure: Clock) -> dict[st
     the clock is the contestant's own and not that of who ran before, and the last two contestants
     swap places from turn to turn.
     """
-    once = {name: measure(run, 1) for name, run in runs.items()}
+    once = {name: measure(run, 0, 1) for name, run in runs.items()}
     calls, settling = (
         {name: max(1, round(least / once[name])) for name in runs}
         for least in (_SHORTEST, _SETTLING)
@@ -74,8 +78,7 @@ def take_turns(runs: Mapping[str, Run], repeats: int, measure: Clock) -> dict[st
     names = list(runs)
     for turn in range(repeats):
         for name in names if turn % 2 == 0 else [*names[:-2], *names[:-3:-1]]:
-            measure(runs[name], settling[name])
-            times[name].append(measure(runs[name], calls[name]))
+            times[name].append(measure(runs[name], settling[name], calls[name]))
     return times
 
 
