@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,66 @@ def test_huge_values_do_not_overflow() -> None:
     assert isinstance(output, Tensor)
     expected = oracle.attention(query, key, value, visible=visible)[0]
     assert deviation(output, expected) < TOLERANCE[torch.bfloat16][0]
+
+
+@needs_hopper
+def test_scores_that_outgrow_every_weight() -> None:
+    """A key far larger than those before it: its weight, beside their offset, is infinite."""
+    query, key, value = (torch.randn(1, 2, 4096, 128, device="cuda").bfloat16() for _ in range(3))
+    key[:, :, 2048:] *= 60
+    visible = oracle.mask((64, 64), (33, 33)).cuda()
+    output = ops.neighborhood_attention(
+        query, key, value, grid=(64, 64), window=(33, 33), provider="sm90"
+    )
+    assert isinstance(output, Tensor)
+    expected = oracle.attention(query, key, value, visible=visible)[0]
+    assert deviation(output, expected) < TOLERANCE[torch.bfloat16][0]
+
+
+@needs_hopper
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_several_gpus_in_one_process() -> None:
+    """Whatever the current device, on streams of one's own, and from a thread for each GPU at once."""
+    geometry: dict[str, Any] = {"grid": (32, 48), "window": (9, 16), "stride": (1, 4)}
+    devices = range(torch.cuda.device_count())
+    inputs = [
+        [torch.randn(1, 4, 32 * 48, 64, device=f"cuda:{d}").bfloat16() for _ in range(3)]
+        for d in devices
+    ]
+
+    def attend(device: int) -> Tensor:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            output = ops.neighborhood_attention(*inputs[device], **geometry, provider="sm90")
+        stream.synchronize()
+        assert isinstance(output, Tensor) and output.device.index == device
+        return output
+
+    visible = oracle.mask(**geometry)
+    outputs = []
+    for device in devices:
+        expected = oracle.attention(*inputs[device], visible=visible.to(f"cuda:{device}"))[0]
+        for current in devices:
+            with torch.cuda.device(current):
+                output = attend(device)
+                assert torch.cuda.current_device() == current
+            assert deviation(output, expected) < TOLERANCE[torch.bfloat16][0]
+        outputs.append(output)
+
+    def repeat(device: int) -> bool:
+        return all(torch.equal(attend(device), outputs[device]) for _ in range(50))
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        assert all(pool.map(repeat, devices))
+
+    last = devices[-1]
+    leaves = [x.clone().requires_grad_() for x in inputs[last]]
+    result = ops.neighborhood_attention(*leaves, **geometry, provider="sm90")
+    assert isinstance(result, Tensor)
+    result.float().square().sum().backward()
+    exact = [x.double().requires_grad_() for x in inputs[last]]
+    oracle.attention(*exact, visible=visible.to(f"cuda:{last}"))[0].square().sum().backward()
+    for leaf, true in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None and true.grad is not None
+        assert deviation(leaf.grad, true.grad) < 2e-2

@@ -305,10 +305,11 @@ struct Forward {
         Place<stages> value = key;
         key.advance();
 
-        // The scores of a tile, and the output of the tile before it.
+        // The scores of a tile, and the output of the tile before it. Tiles that are masked by words are
+        // left to the code above, for the instruction cache's sake.
         while (!ended) {
           tile = next;
-          if (tile.flags & own_skip) break;
+          if (tile.flags & (own_skip | words_masked)) break;
           hides = hides_by_product(tile, shift);
           takes_turn = !(tile.flags & other_skip);
           if (hides) hidden_operands(hidden, operands);
@@ -327,8 +328,6 @@ struct Forward {
           if (takes_turn && passes_late) pass_turn(half);
           release(keys.empty + key.stage());
           if (ended) release(queries.empty);
-          if (__builtin_expect((tile.flags & words_masked) != 0, 0))
-            hide_by_words(scores, rows, batch, tile, shift);
           shift_scores(scores, rows, scale);
           matrix_wait<0>();
           pin(output);
@@ -338,9 +337,9 @@ struct Forward {
           if (settled) {
             weigh<Element>(scores, weights, sum);
             raises = is_too_large<Element>(sum);
-            if (__builtin_expect(raises, 0)) unweigh(scores);
+            if (raises) unweigh(scores);
           }
-          if (__builtin_expect(raises, 0)) {
+          if (raises) {
             raise_and_weigh(scores, rows, most_shifted<Element>, output, weights, sum);
             settled = have_offsets(rows);
           }

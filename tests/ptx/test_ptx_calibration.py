@@ -48,7 +48,9 @@ def _attention(name: str) -> Saved:
     names = ("grid", "window", "stride", "dilation", "causal")
     sizes = {"prefix": geometry.get("prefix", 0), "suffix": geometry.get("suffix", 0)}
     neighborhood = Neighborhood.of(*(filled[name] for name in names), **sizes)
-    cut = plan(Workload(neighborhood, heads=case.heads, head_dim=case.head_dim), "sm90")
+    has_mask = case.key_mask is not None
+    workload = Workload(neighborhood, case.heads, case.head_dim, key_mask=has_mask)
+    cut = plan(workload, "sm90")
     boxes = [[extent.bit_length() - 1 for extent in box] for box in (cut.query_box, cut.key_box)]
     axes = list(zip(*(filled[name] for name in names), *boxes, strict=True))
     return Saved(
