@@ -147,7 +147,7 @@ struct Forward {
 
   // The two warpgroups take turns at handing work to the matrix unit, one turn for each key tile that
   // neither of them skips. At head size 64 products are short and exponentials many: there a turn ends
-  // only when the scores have come, so that one's exponentials meet the other's products.
+  // only when they are done, so that one's exponentials meet the other's products.
   static constexpr bool passes_late = head_dim == 64;
 
   __device__ __forceinline__ static void await_turn(int half) { named_sync<256>(1 + half); }
@@ -325,13 +325,13 @@ struct Forward {
           }
           matrix_wait<1>();
           pin(scores);
-          if (takes_turn && passes_late) pass_turn(half);
           release(keys.empty + key.stage());
           if (ended) release(queries.empty);
           shift_scores(scores, rows, scale);
           matrix_wait<0>();
           pin(output);
           pin(weights);
+          if (takes_turn && passes_late) pass_turn(half);
           release(values.empty + value.stage());
           bool raises = !settled;
           if (settled) {

@@ -102,26 +102,25 @@ MUTATIONS = [
     _sm90(
         "keys are not released after the scores of a tile",
         FORWARD,
-        "passes_late) pass_turn(half);\n          release(keys.empty + key.stage());",
-        "passes_late) pass_turn(half);",
+        "matrix_wait<1>();\n          pin(scores);\n          release(keys.empty + key.stage());",
+        "matrix_wait<1>();\n          pin(scores);",
     ),
     _sm90(
         "keys are released before the scores are there",
         FORWARD,
-        "matrix_wait<1>();\n          pin(scores);\n"
-        "          if (takes_turn && passes_late) pass_turn(half);\n"
-        "          release(keys.empty + key.stage());",
-        "release(keys.empty + key.stage());\n          matrix_wait<1>();\n          pin(scores);\n"
-        "          if (takes_turn && passes_late) pass_turn(half);",
+        "matrix_wait<1>();\n          pin(scores);\n          release(keys.empty + key.stage());",
+        "release(keys.empty + key.stage());\n          matrix_wait<1>();\n          pin(scores);",
         problem="wide",
     ),
     _sm90(
         "values are released before the output is there",
         FORWARD,
         "matrix_wait<0>();\n          pin(output);\n          pin(weights);\n"
+        "          if (takes_turn && passes_late) pass_turn(half);\n"
         "          release(values.empty + value.stage());",
         "release(values.empty + value.stage());\n          matrix_wait<0>();\n"
-        "          pin(output);\n          pin(weights);",
+        "          pin(output);\n          pin(weights);\n"
+        "          if (takes_turn && passes_late) pass_turn(half);",
     ),
     _sm90(
         "the loader of values waits for the other parity",
@@ -247,7 +246,7 @@ MUTATIONS = [
     _sm90(
         "large weights are not turned back into scores",
         FORWARD,
-        "if (__builtin_expect(raises, 0)) unweigh(scores);",
+        "if (raises) unweigh(scores);",
         "",
         problem="long",
     ),
