@@ -437,7 +437,8 @@ def test_one_long_global_tile_bounds_a_small_problem() -> None:
     assert text.globals.visited.max == 513
     assert text.milliseconds > 5 * alone
     table = ARCHITECTURES["sm90"]
-    assert text.milliseconds >= 513 * table.launch(128, (128,), 1, 128, 2).tile / table.clock / 1e6
+    tile = table.launch(128, (128,), 1, 128, 2).tile / table.clock / 1e6
+    assert text.milliseconds == pytest.approx(513 * tile)
 
 
 # The tables of Generalized Neighborhood Attention (arXiv 2504.16922). The shares are printed to three
@@ -568,4 +569,4 @@ def test_times_are_near_those_of_the_hopper_kernel(result: dict[str, Any]) -> No
     workload = CASES[result["case"]].workload
     merged = replace(workload, neighborhood=workload.neighborhood.merged)
     off = plan(merged, "sm90").milliseconds / result["ms"]["ours"]
-    assert off == pytest.approx(1, abs=0.15 if result["case"] == "dense" else 0.1)
+    assert off == pytest.approx(1, abs=0.06)

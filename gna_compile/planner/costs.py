@@ -109,15 +109,15 @@ ARCHITECTURES = {
         Architecture(
             "sm90",
             132,
-            1.73,
+            1.816,
             4096,
-            16.8,
-            3800,
-            22.0,
+            14.8,
+            4800,
+            17.0,
             45.0,
             ((128, 128),),
             product_coordinates=32,
-            product_elements=38.0,
+            product_elements=49.0,
         ),
         Architecture(
             "sm100", 148, 1.99, 8192, 16, 0, _MASK_ELEMENTS, 45.0, ((256, 128),), query_parts=2

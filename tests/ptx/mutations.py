@@ -69,6 +69,12 @@ def _long(kernel: str) -> Attention:
     return Attention([(700, 400, 1, 1, True, 8 if kernel == "sm100" else 7, 7)], scale=3.0)
 
 
+def _skewed(kernel: str) -> Attention:
+    """Causal on a grid: halves skip tiles, and what they see of others is masked by a product."""
+    log2 = 5 if kernel == "sm100" else 4
+    return Attention([(48, 40, 1, 1, True, log2, 3), (24, 9, 1, 1, False, 3, 4)])
+
+
 def _steep(kernel: str) -> Attention:
     """Scores of which some exceed all before by more than a weight can hold."""
     return Attention([(700, 400, 1, 1, False, 8 if kernel == "sm100" else 7, 7)], scale=12.0)
@@ -85,6 +91,7 @@ PROBLEMS: dict[str, Callable[[str], Attention]] = {
     "wide": _wide,
     "globals": _globals,
     "long": _long,
+    "skewed": _skewed,
     "steep": _steep,
     "careful": _careful,
 }
@@ -170,7 +177,7 @@ MUTATIONS = [
         FORWARD,
         "          takes_turn = !(tile.flags & other_skip);",
         "          takes_turn = true;",
-        problem="long",
+        problem="skewed",
     ),
     _sm90(
         "no proxy fence before the output is stored",
@@ -242,6 +249,13 @@ MUTATIONS = [
         "if (flags & by_words) flags |= words_masked;",
         "",
         problem="globals",
+    ),
+    _sm90(
+        "a warp that must raise its offsets leaves the loop alone",
+        FORWARD,
+        "          if (raises) {\n            raise_and_weigh(",
+        "          if (raises) break;\n          if (raises) {\n            raise_and_weigh(",
+        problem="steep",
     ),
     _sm90(
         "large weights are not turned back into scores",

@@ -25,7 +25,7 @@ FEW, MANY = 16, 128  # random problems
 SCHEDULES = 12  # from one seed in so many, all kinds of schedules: see Schedule in core/block.cpp
 
 
-@pytest.mark.parametrize("problem", ["plain", "globals", "long", "wide", "steep"])
+@pytest.mark.parametrize("problem", ["plain", "globals", "long", "wide", "skewed", "steep"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_problem_under_all_kinds_of_schedules(kernel: str, problem: str) -> None:
     attention = PROBLEMS[problem](kernel)
