@@ -166,7 +166,10 @@ int32_t make_maps(const gna_cuda_problem& plain, const Problem& problem,
   CUresult result = make(maps.of_part[grid_part], grid);
   View plain_grid = grid;
   plain_grid.dilations = {1, 1, 1};
-  if (result == CUDA_SUCCESS) result = make(maps.undilated, plain_grid);
+  if (grid.dilations == plain_grid.dilations)
+    maps.undilated = maps.of_part[grid_part];
+  else if (problem.prefix + problem.suffix > 0 && result == CUDA_SUCCESS)
+    result = make(maps.undilated, plain_grid);
   for (const int32_t part : {prefix_part, suffix_part}) {
     const int32_t tokens = part_tokens(problem, part);
     if (tokens == 0 || result != CUDA_SUCCESS) continue;
