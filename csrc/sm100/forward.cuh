@@ -275,7 +275,7 @@ struct Forward {
 
   // Multiplies the output of the warp's rows, 32 columns at a time.
   __device__ __forceinline__ static void rescale_output(uint32_t output, float by) {
-    if constexpr (careful) by = fmaxf(by, 0x1p-126f);  // 0 would make NaN of inf
+    if constexpr (careful) by = fmaxf(by, 0x1p-149f);  // 0 would make NaN of inf
 #pragma unroll 1
     for (int column = 0; column < head_dim; column += 32) {
       float part[32];

@@ -146,8 +146,9 @@ struct Forward {
   // Computing -------------------------------------------------------------------------------------
 
   // The two warpgroups take turns at handing work to the matrix unit, one turn for each key tile that
-  // neither of them skips. At head size 64 products are short and exponentials many: there a turn ends
-  // only when they are done, so that one's exponentials meet the other's products.
+  // neither of them skips. At head size 64 products are short and exponentials many: there, within
+  // a run of tiles, a turn ends only when they are done, so that one's exponentials meet the other's
+  // products.
   static constexpr bool passes_late = head_dim == 64;
 
   __device__ __forceinline__ static void await_turn(int half) { named_sync<256>(1 + half); }
@@ -159,23 +160,24 @@ struct Forward {
     return {{raw.x, raw.y, raw.z}, static_cast<uint32_t>(raw.w)};
   }
 
-  // `hides`: minus infinity where `hidden` says so.
+  // `hides`: minus infinity where `operands`, made of what is hidden, say so.
   __device__ __forceinline__ void start_scores(float (&scores)[64], int half, int stage, bool hides,
-                                               uint32_t (&hidden)[8]) const {
+                                               uint32_t (&operands)[8]) const {
     const uint32_t a =
         matrix_descriptor(shared_address(shared + Shape::query) + half * half_rows * row_bytes, 16);
     const uint32_t b =
         matrix_descriptor(shared_address(shared + Shape::key) + stage * tile_bytes, 16);
     pin(scores);
-    pin(hidden);
+    pin(operands);
+    // Each branch has a fence of its own: else the assembler adds one, or serialises all products.
     if (hides) {
       matrix_fence();
       const uint32_t coordinates =
           matrix_descriptor(shared_address(shared + Shape::coordinates), 16);
-      multiply_bf16(scores, hidden, coordinates, 0);
+      multiply_bf16(scores, operands, coordinates, 0);
       if (parameters.key_coordinates.steps == 2) {
         matrix_fence();
-        multiply_bf16(scores, hidden + 4, coordinates + 2, 1);
+        multiply_bf16(scores, operands + 4, coordinates + 2, 1);
       }
     }
     matrix_fence();
@@ -232,11 +234,10 @@ struct Forward {
 
   // Weights of shifted scores; raises offsets first, and scales `output` with them.
   __device__ __forceinline__ static void raise_and_weigh(float (&scores)[64], ThreadRows& rows,
-                                                         float limit,
                                                          float (&output)[head_dim / 2],
                                                          uint32_t (&weights)[32], float (&sum)[2]) {
     float rescale[2];
-    raise_offsets(scores, rows, limit, rescale);
+    raise_offsets(scores, rows, most_shifted<Element>, rescale);
     scale_rows(output, rescale);
     weigh<Element>(scores, weights, sum);
   }
@@ -268,6 +269,7 @@ struct Forward {
       bool ended = false;
       while (true) {
         while (tile.flags & own_skip) {
+          __syncwarp();  // all have read the record
           release(keys.empty + key.stage());
           wait(values.full + key.stage(), key.parity());
           release(values.empty + key.stage());
@@ -299,7 +301,7 @@ struct Forward {
         if (ended) release(queries.empty);
         if (tile.flags & words_masked) hide_by_words(scores, rows, batch, tile, shift);
         shift_scores(scores, rows, scale);
-        raise_and_weigh(scores, rows, most_shifted<Element>, output, weights, sum);
+        raise_and_weigh(scores, rows, output, weights, sum);
         for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
         bool settled = have_offsets(rows);
         Place<stages> value = key;
@@ -340,7 +342,7 @@ struct Forward {
             if (raises) unweigh(scores);
           }
           if (raises) {
-            raise_and_weigh(scores, rows, most_shifted<Element>, output, weights, sum);
+            raise_and_weigh(scores, rows, output, weights, sum);
             settled = have_offsets(rows);
           }
           for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
@@ -357,6 +359,7 @@ struct Forward {
       }
       query.advance();
       if (uniform(static_cast<int>(work.has_rows[half]))) finish(output, rows, work, half, row);
+      __syncwarp();
       release(works.empty + slot.stage());
       slot.advance();
     }
@@ -366,9 +369,11 @@ struct Forward {
   // Computing carefully ---------------------------------------------------------------------------
   //
   // A weight of zero does not hide a value that is not finite, minus infinity does not hide a score that
-  // is NaN or infinite, and weights beyond 1 may take a huge value over the top. Where that shows in the output, a second kernel does all work again, in some
-  // four times the time: values that are not finite are taken out of each tile and added to the rows
-  // that see them, and no weight exceeds 1. One step after the other, both warpgroups together.
+  // is NaN or infinite, weights beyond 1 may take a huge value over the top, and the weight of a score
+  // that exceeds the first ones of its row by 128 is infinite. Where any of that shows in the output, a
+  // second kernel does all work again, in some four times the time: values that are not finite are
+  // taken out of each tile and added to the rows that see them, and no weight exceeds 1. One step after
+  // the other, both warpgroups together.
 
   __device__ __forceinline__ void compute_carefully(int half) const {
     const int thread = threadIdx.x % 128;
@@ -401,7 +406,7 @@ struct Forward {
         hide(scores, words);
         shift_scores(scores, rows, parameters.scale_log2);
         raise_offsets(scores, rows, 0.0f, rescale);
-        for (float& by : rescale) by = fmaxf(by, 0x1p-126f);  // 0 would make NaN of inf
+        for (float& by : rescale) by = fmaxf(by, 0x1p-149f);  // 0 would make NaN of inf
         scale_rows(output, rescale);
         float sum[2];
         weigh<Element>(scores, weights, sum);
@@ -418,6 +423,7 @@ struct Forward {
       }
       query.advance();
       if (uniform(static_cast<int>(work.has_rows[half]))) finish(output, rows, work, half, row);
+      __syncwarp();
       release(works.empty + slot.stage());
     }
     if (thread == 0) wait_stores_read();

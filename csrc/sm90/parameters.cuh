@@ -16,7 +16,7 @@ constexpr int threads = 384;
 
 static_assert(box_bytes == key_box_bytes);
 
-// Of a KeyRecord: the tile is masked by words, of global keys or because its box has too many coordinates.
+// Of a KeyRecord: a half needs a mask by words, of global keys or because the box has too many coordinates.
 constexpr uint32_t words_masked = 1 << 12;
 
 using WorkRecord = gna::cuda::WorkRecord<log2_tile>;

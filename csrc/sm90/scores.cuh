@@ -13,12 +13,12 @@ namespace gna::sm90 {
 
 constexpr float infinity = __builtin_huge_valf();
 
-// The largest shifted score that needs no new offset: 2 to it, and sums of it, must be far below what
-// the type of the weights can hold. The higher, the seldomer offsets change.
+// Where offsets are raised, they are for shifted scores from here on. The higher, the seldomer.
 template <typename Element>
 constexpr float most_shifted = std::is_same_v<Element, __half> ? 10.0f : 30.0f;
 
-// A sum of 32 weights from here on has one that is larger than 2^most_shifted.
+// A sum of 32 weights from here on has one that is at least 2^most_shifted; below it the type of the
+// weights can hold them all.
 template <typename Element>
 constexpr float most_summed = std::is_same_v<Element, __half> ? 0x1p15f : 0x1p35f;
 

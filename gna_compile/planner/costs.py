@@ -1,7 +1,7 @@
 """What tiles cost on each architecture: one small table, and the time of a plan by it.
 
 All rates are per clock and per unit (streaming multiprocessor). `docs/planner.md` says where each
-number is from; `clock` is fitted so that dense attention takes as long as it was measured to.
+number is from; some are fitted to measured times.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Architecture:
     def launch(
         self, query_tile: int, key_box: Sequence[int], heads: int, head_dim: int, element_bytes: int
     ) -> Launch:
-        """The costs of tiles of so many queries and of such keys in one launch over `heads` (batch x heads)."""
+        """The costs of tiles of so many queries and of such keys; `heads`: batch x heads of the launch."""
         pairs = query_tile * math.prod(key_box)
         coordinates = sum(key_box) + 3 - len(key_box)
         by_product = coordinates <= self.product_coordinates

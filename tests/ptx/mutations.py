@@ -1,7 +1,8 @@
 """Bugs to plant in the kernels: each must be caught. README.md says how they are caught.
 
 A mutation is an edit of the CUDA source. An edited kernel is compiled to PTX and takes the place of the
-true one, the host code staying as it is; or the host code is edited, and the kernels stay. `python -m ptx.mutations` prints README.md's table.
+true one, the host code staying as it is; or the host code is edited, and the kernels stay.
+`python -m ptx.mutations` prints README.md's table.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ptx import build, interpreter
@@ -72,7 +74,7 @@ def _long(kernel: str) -> Attention:
 def _skewed(kernel: str) -> Attention:
     """Causal on a grid: halves skip tiles, and what they see of others is masked by a product."""
     log2 = 5 if kernel == "sm100" else 4
-    return Attention([(48, 40, 1, 1, True, log2, 3), (24, 9, 1, 1, False, 3, 4)])
+    return Attention([(48, 40, 1, 1, True, log2, 3), (24, 9, 1, 1, False, 3, 4)], scale=1.0)
 
 
 def _steep(kernel: str) -> Attention:
@@ -256,6 +258,19 @@ MUTATIONS = [
         "          if (raises) {\n            raise_and_weigh(",
         "          if (raises) break;\n          if (raises) {\n            raise_and_weigh(",
         problem="steep",
+    ),
+    _sm90(
+        "rows that have seen nothing yet are taken to have an offset",
+        FORWARD,
+        "bool settled = have_offsets(rows);",
+        "bool settled = true;",
+        problem="skewed",
+    ),
+    _sm90(
+        "what hides is infinite itself, so that nothing times it is NaN",
+        "include/gna/coordinate_mask.h",
+        "hidden_element = 0xff7f",
+        "hidden_element = 0xff80",
     ),
     _sm90(
         "large weights are not turned back into scores",
@@ -600,23 +615,36 @@ def planted(mutation: Mutation) -> Iterator[interpreter.Library]:
 
 
 def caught(mutation: Mutation, schedules: int = 24) -> str | None:
-    """What catches a mutation, with the schedule that does; None if nothing does."""
+    """What catches a mutation, with the schedule that does; None if nothing does.
+
+    A kernel that is right only because a careful launch follows stores its output twice.
+    """
     attention = PROBLEMS[mutation.problem](mutation.kernel)
+    stores = _stores(mutation.kernel, mutation.problem)
     with planted(mutation) as loaded:
         for schedule in range(schedules):
             try:
-                attention.check(mutation.kernel, schedule=schedule, loaded=loaded)
+                counted = attention.check(mutation.kernel, schedule=schedule, loaded=loaded)
             except interpreter.PtxError as error:
                 return f"schedule {schedule}: {str(error).splitlines()[0]}"
             except AssertionError as error:
                 return f"schedule {schedule}: wrong result {str(error)[:60]}"
+            if counted.stores != stores:
+                return f"schedule {schedule}: its work is done again"
     return None
+
+
+@lru_cache
+def _stores(kernel: str, problem: str) -> int:
+    return PROBLEMS[problem](kernel).check(kernel).stores
 
 
 def _in_brief(how: str) -> str:
     """An error without its numbers and operands."""
     if "wrong result" in how:
         return "wrong result"
+    if "done again" in how:
+        return "the careful kernel does its work again"
     text = how.split(": launching the kernel: ")[-1]
     where = re.match(
         r"(?:warp \d+, line \d+, (?:@ ?!? ?%\w+ )?|what line \d+, )([\w.:]+).*?: (?=[\da-zD%])",

@@ -13,6 +13,7 @@ import pytest
 from ptx import build, interpreter
 from ptx.attention import ARCHITECTURES, Attention, random_attention
 from ptx.mutations import MUTATIONS, PROBLEMS, Mutation, caught
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
     build.CXX is None or build.NVCC is None, reason="needs nvcc and a C++ compiler"
@@ -35,6 +36,35 @@ def test_a_problem_under_all_kinds_of_schedules(kernel: str, problem: str) -> No
         counts.add((counted.products, counted.loads, counted.stores))
     # The work does not depend on the schedule.
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize("problem", ["plain", "globals", "long", "wide", "skewed", "steep"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_only_what_demands_it_is_done_again(kernel: str, problem: str) -> None:
+    """Carefully, that is, and then every store is made twice: as with a NaN that is visible."""
+    attention, poisoned = (PROBLEMS[problem](kernel) for _ in range(2))
+    poisoned.poison["value"] = [((0, 0, attention.tokens // 2, 0), math.nan)]
+    once, twice = (which.check(kernel).stores for which in (attention, poisoned))
+    is_steep = problem == "steep" and kernel == "sm90"
+    assert twice == (once if is_steep else 2 * once)
+
+
+class Jump(Attention):
+    """Values that later, larger scores must make vanish, whatever their size."""
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        query, key, value, _ = super().inputs()
+        late = self.tokens // 2
+        query.fill_(1.0)
+        key[:, :, :late], key[:, :, late:] = 0.0, 2.0
+        value[:, :, :late], value[:, :, late:] = 1e36, 1.0
+        return query, key, value, None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_huge_values_vanish_beside_larger_scores(kernel: str) -> None:
+    log2 = 8 if kernel == "sm100" else 7
+    Jump([(512, 512, 1, 1, False, log2, 7)], scale=1.0).check(kernel)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3])

@@ -42,6 +42,7 @@ GNA_HD constexpr CoordinateBits coordinate_bits(const int32_t (&log2_extent)[max
     all += extent;
   }
   bits.steps = fits ? 1 : all <= 32 ? 2 : 0;
+  if (bits.steps == 0) return {{0, 0, 0}, {1, 1, 1}, 0};
   for (int32_t a = 0, start = 0; a < max_axes && !fits; start += bits.extent[a++]) bits.start[a] = start;
   return bits;
 }

@@ -25,7 +25,7 @@ struct Planes {
 // Maps of one tensor. A map ends where its part ends, so that what lies outside is zero.
 struct Maps {
   CUtensorMap of_part[3];
-  CUtensorMap undilated;  // the grid in plain boxes, for queries that see all of it
+  CUtensorMap undilated;  // the grid in plain boxes, for global queries, if there are any
   Planes planes;
 };
 

@@ -45,7 +45,7 @@ constexpr uint32_t axes_masked = 7;
 constexpr uint32_t skipped = 8;
 constexpr uint32_t part_shift = 8;  // two bits: the tile's part
 constexpr uint32_t globals_masked = 1 << 10;
-constexpr uint32_t last_tile = 1 << 11;
+constexpr uint32_t last_tile = 1 << 11;  // bits from 12 on are for the kernels' own use
 
 // A query tile, worked out ahead of those who load for it and compute it.
 template <int log2_rows>
@@ -141,7 +141,7 @@ __device__ __forceinline__ void plan(const Parameters& parameters, WorkRecord<lo
   }
 }
 
-// The flags of a key tile but for last_tile. One warp, whose lane 4 h + a has axis a of half h of the
+// The flags of a key tile but for last_tile and the kernels' own. One warp, whose lane 4 h + a has axis a of half h of the
 // rows.
 template <int log2_rows>
 __device__ __forceinline__ uint32_t judge(const Parameters& parameters,
