@@ -343,33 +343,31 @@ def test_what_is_hidden_may_be_anything(block: int) -> None:
         assert_right(problem)
 
 
+def random_inputs() -> list[Tensor]:
+    return [torch.randn(1, 2, 4096, 128, device="cuda").bfloat16() for _ in range(3)]
+
+
+def assert_right_on_a_square(inputs: list[Tensor], window: int) -> None:
+    """Of 64x64 tokens, under a window of this size along both axes."""
+    sizes: dict[str, Any] = {"grid": (64, 64), "window": (window, window)}
+    output = ops.neighborhood_attention(*inputs, **sizes, provider="sm90")
+    assert isinstance(output, Tensor)
+    expected = oracle.attention(*inputs, visible=oracle.mask(**sizes).cuda())[0]
+    assert deviation(output, expected) < TOLERANCE[torch.bfloat16][0]
+
+
 @needs_hopper
 def test_huge_values_do_not_overflow() -> None:
-    shape = (1, 2, 4096, 128)
-    query, key, value = (torch.randn(shape, device="cuda").bfloat16() for _ in range(3))
-    query *= 4
-    visible = oracle.mask((64, 64), (9, 9)).cuda()
-    value *= 1e36
-    output = ops.neighborhood_attention(
-        query, key, value, grid=(64, 64), window=(9, 9), provider="sm90"
-    )
-    assert isinstance(output, Tensor)
-    expected = oracle.attention(query, key, value, visible=visible)[0]
-    assert deviation(output, expected) < TOLERANCE[torch.bfloat16][0]
+    query, key, value = random_inputs()
+    assert_right_on_a_square([query * 4, key, value * 1e36], window=9)
 
 
 @needs_hopper
 def test_scores_that_outgrow_every_weight() -> None:
     """A key far larger than those before it: its weight, beside their offset, is infinite."""
-    query, key, value = (torch.randn(1, 2, 4096, 128, device="cuda").bfloat16() for _ in range(3))
+    query, key, value = random_inputs()
     key[:, :, 2048:] *= 60
-    visible = oracle.mask((64, 64), (33, 33)).cuda()
-    output = ops.neighborhood_attention(
-        query, key, value, grid=(64, 64), window=(33, 33), provider="sm90"
-    )
-    assert isinstance(output, Tensor)
-    expected = oracle.attention(query, key, value, visible=visible)[0]
-    assert deviation(output, expected) < TOLERANCE[torch.bfloat16][0]
+    assert_right_on_a_square([query, key, value], window=33)
 
 
 @needs_hopper

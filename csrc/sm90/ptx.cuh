@@ -73,14 +73,6 @@ __device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address, uint32_t
                : GNA_F64(d)                                                                  \
                : "r"(a), "r"(b), "r"(add))
 
-#define GNA_WGMMA_RS_K_MAJOR(type)                                                           \
-  asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\n"              \
-               "mov.b64 b, {%68, " GNA_DESCRIPTOR_HIGH "};\n"                                \
-               "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " GNA_NAMES_64 \
-               "}, {%64, %65, %66, %67}, b, add, 1, 1, 0;\n}"                                \
-               : GNA_F64(d)                                                                  \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add))
-
 #define GNA_WGMMA_RS_128(type)                                                               \
   asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " GNA_DESCRIPTOR_HIGH "};\n"              \
                "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " GNA_NAMES_64 \
@@ -107,7 +99,12 @@ __device__ __forceinline__ void multiply(float (&d)[64], uint32_t a, uint32_t b,
 // d = a b^T, or d += a b^T with `add`: a is 64x16 in registers, b is 128x16, described, columns
 // contiguous; both bf16.
 __device__ __forceinline__ void multiply_bf16(float (&d)[64], const uint32_t* a, uint32_t b, int add) {
-  GNA_WGMMA_RS_K_MAJOR("bf16");
+  asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\n"
+               "mov.b64 b, {%68, " GNA_DESCRIPTOR_HIGH "};\n"
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " GNA_NAMES_64
+               "}, {%64, %65, %66, %67}, b, add, 1, 1, 0;\n}"
+               : GNA_F64(d)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));
 }
 
 // d += a b: a is 64x16 in registers, b is 16 x (64 or 128), described, columns contiguous.
@@ -129,7 +126,6 @@ __device__ __forceinline__ void multiply_add(float (&d)[32], const uint32_t* a, 
 
 #undef GNA_DESCRIPTOR_HIGH
 #undef GNA_WGMMA_SS
-#undef GNA_WGMMA_RS_K_MAJOR
 #undef GNA_WGMMA_RS_128
 #undef GNA_WGMMA_RS_64
 

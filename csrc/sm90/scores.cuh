@@ -41,8 +41,7 @@ __device__ __forceinline__ void start_rows(const Parameters& parameters, const W
   int axis_start = 0;
 #pragma unroll
   for (int a = 0; a < max_axes; ++a) {
-    const int first =
-        by_words ? first_of_word(parameters.key_words[a], threadIdx.x % 4) : 0;
+    const int first = by_words ? first_of_word(parameters.key_words[a], threadIdx.x % 4) : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Range sees =
@@ -58,6 +57,21 @@ __device__ __forceinline__ void start_rows(const Parameters& parameters, const W
   }
 }
 
+// Calls visit(a, r, keys) for some axes and both rows: what row r sees along axis a, relative to a tile.
+template <typename Visit>
+__device__ __forceinline__ void for_each_seen(const ThreadRows& rows, const KeyRecord& tile,
+                                              uint32_t axes, Visit visit) {
+#pragma unroll
+  for (int a = 0; a < max_axes; ++a) {
+    if (!(axes & 1 << a)) continue;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Range sees = rows.sees[r][a];
+      visit(a, r, Range{sees.begin - tile.at[a], sees.end - tile.at[a]});
+    }
+  }
+}
+
 // What both rows do not see of a tile of grid keys along some axes, by coordinate; see
 // coordinate_mask.h. Nothing is said if there is no such axis.
 __device__ __forceinline__ void find_hidden(const Parameters& parameters, const ThreadRows& rows,
@@ -65,16 +79,9 @@ __device__ __forceinline__ void find_hidden(const Parameters& parameters, const 
                                             uint32_t (&hidden)[2]) {
   if (axes == 0) return;
   hidden[0] = hidden[1] = 0;
-#pragma unroll
-  for (int a = 0; a < max_axes; ++a) {
-    if (!(axes & 1 << a)) continue;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Range sees = rows.sees[r][a];
-      hidden[r] |= hidden_coordinates(parameters.key_coordinates, a,
-                                      {sees.begin - tile.at[a], sees.end - tile.at[a]});
-    }
-  }
+  for_each_seen(rows, tile, axes, [&](int a, int r, Range keys) {
+    hidden[r] |= hidden_coordinates(parameters.key_coordinates, a, keys);
+  });
 }
 
 // The same as operands of the matrix unit: two steps of 16 columns.
@@ -104,16 +111,9 @@ __device__ __forceinline__ void grid_mask(const Parameters& parameters, const Th
                                           MaskWords& words) {
   // The four lanes of a row work out one word each.
   uint32_t own[2] = {all_bits, all_bits};
-#pragma unroll
-  for (int a = 0; a < max_axes; ++a) {
-    if (!(axes & 1 << a)) continue;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Range sees = rows.sees[r][a];
-      own[r] &= word_bits(parameters.key_words[a],
-                          {sees.begin - tile.at[a], sees.end - tile.at[a]});
-    }
-  }
+  for_each_seen(rows, tile, axes, [&](int a, int r, Range keys) {
+    own[r] &= word_bits(parameters.key_words[a], keys);
+  });
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll

@@ -367,8 +367,7 @@ int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_
     parameters.key_words[a] = axis_words(log2_inner, problem.axes[a].log2_key);
     log2_inner += problem.axes[a].log2_key;
   }
-  parameters.key_coordinates =
-      coordinate_bits({key_box[0], key_box[1], key_box[2]});
+  parameters.key_coordinates = coordinate_bits({key_box[0], key_box[1], key_box[2]});
   parameters.batch = plain.batch;
   parameters.heads = plain.heads;
   parameters.heads_per_kv_head = plain.heads / plain.kv_heads;
