@@ -25,7 +25,9 @@ def save(name: str, results: Any) -> Path:
 
 
 def update(name: str, key: str, results: list[dict[str, Any]], order: Iterable[str]) -> Path:
-    """As `save`, and keeps rows of the file that compare: same machine, versions and commit.
+    """As `save`, and keeps rows of the file that compare: same machine and versions.
+
+    A kept row of another commit names it, as "commit".
 
     Args:
         name: of the file.
@@ -34,9 +36,12 @@ def update(name: str, key: str, results: list[dict[str, Any]], order: Iterable[s
         order: values of `key` as they are to come in the file.
     """
     path, told = RESULTS / f"{name}.json", {row[key] for row in results}
-    earlier = json.loads(path.read_text()) if path.is_file() else {}
-    if earlier.get("environment") == environment():
-        results = results + [row for row in earlier["results"] if row[key] not in told]
+    now = environment()
+    earlier = json.loads(path.read_text()) if path.is_file() else {"environment": {}}
+    then = earlier["environment"]
+    if {**then, "commit": now["commit"]} == now:
+        other = {} if then["commit"] == now["commit"] else {"commit": then["commit"]}
+        results = results + [other | row for row in earlier["results"] if row[key] not in told]
     places = list(order)
     return save(name, sorted(results, key=lambda row: places.index(row[key])))
 

@@ -269,7 +269,15 @@ def test_earlier_results_are_kept_only_if_they_compare(
     assert kept(old) == [old]
     assert kept({"case": "b"}, {"case": "a"}) == [{"case": "a"}, {"case": "b"}, old]
     assert kept(new) == [{"case": "a"}, {"case": "b"}, new]
-    monkeypatch.setattr(record, "environment", lambda: {"gpu": "another"})
+
+    about = record.environment()
+    monkeypatch.setattr(record, "environment", lambda: about | {"commit": "later"})
+    told = {"commit": about["commit"]}
+    expected = [{"case": "a", "ms": 3}, told | {"case": "b"}, told | new]
+    assert kept({"case": "a", "ms": 3}) == expected
+    monkeypatch.setattr(record, "environment", lambda: about | {"commit": "last"})
+    assert kept({"case": "b"}) == [{"commit": "later"} | expected[0], {"case": "b"}, expected[2]]
+    monkeypatch.setattr(record, "environment", lambda: about | {"gpu": "another"})
     assert kept({"case": "a"}) == [{"case": "a"}]
 
 
@@ -316,14 +324,14 @@ def test_the_readmes_table_of_transformers(results: Path) -> None:
     h100, h100_table, _, table = readme_tables.transformers().split("\n\n")
     assert h100 == "NVIDIA H200, torch 2.11:"
     assert "| wan, batch 2 | 21×45×80 + 512 |" in h100_table
-    cells = "| 10 | 10 | **2.95×** | 3.14× | 75% → 75% | 16 → 16 | 4.2 → 4.2 |"
+    cells = "| 10 | 10 | **2.95×** | 3.14× | 94% | 75% → 75% | 16 → 16 | 4.2 → 4.2 |"
     rows = [f"| {name} | 21×45×80 + 512 | 3 | wan2.1-720p {cells}" for name in
             ("wan", "wan, block by block, fp16")]  # fmt: skip
     assert table.splitlines()[2:] == rows
 
 
 def test_the_readmes_tables_of_loops_and_training(results: Path) -> None:
-    assert readme_tables.loops() == readme_tables.training() == ""
+    assert readme_tables.loops() == readme_tables.training() == readme_tables.resolutions() == ""
     gna = {"seconds": 20.0, "steps": {"warmup": 9, "default": 19}, "compiled again": {}}
     row = {"model": "flux", "layers": 2, "policy": "flux-4k", "steps": 28, "paper": 1.45}
     row |= {"dense": {"seconds": 30.0}, "gna": gna, "speedup": 1.5}
@@ -336,3 +344,14 @@ def test_the_readmes_tables_of_loops_and_training(results: Path) -> None:
     assert (
         readme_tables.training().splitlines()[-1] == "| 1d-32k | 16.00× | 10.0 | 2.0 | **5.00×** |"
     )
+    calls = [
+        resolutions.Call("wan", 1, "bf16", "inductor", (4, 6), 1, 17.62, 272.7, 0),
+        resolutions.Call("wan", 1, "bf16", "gna", (4, 6), 0, 8.0, 90.9, 0),
+    ]
+    rows = [asdict(call) | {"commit": "fedcba9876"} for call in calls]
+    write(results / "resolutions-h200.json", rows)
+    assert readme_tables.resolutions().splitlines()[-3:] == [
+        "| wan | 4×6 | 1 → 0 | 17.6 → 8.0 | 273 → 91 | **3.00×** |",
+        "",
+        "Of commit fedcba9: `wan`.",
+    ]

@@ -569,4 +569,4 @@ def test_times_are_near_those_of_the_hopper_kernel(result: dict[str, Any]) -> No
     workload = CASES[result["case"]].workload
     merged = replace(workload, neighborhood=workload.neighborhood.merged)
     off = plan(merged, "sm90").milliseconds / result["ms"]["ours"]
-    assert off == pytest.approx(1, abs=0.04)
+    assert off == pytest.approx(1, abs=0.06)

@@ -62,6 +62,7 @@ def kernels() -> str:
                 for peer, reason in result["failed"].items()
             ]
         plots = _images(path, ("", "Useful TFLOP/s"), (".predictions", "Predicted and measured"))
+        notes += _kept(data["results"], "case")
         parts += [f"{_about(data)}:", _table(_told(rows)), *notes, *plots]
     return "\n\n".join(parts)
 
@@ -69,7 +70,7 @@ def kernels() -> str:
 def transformers() -> str:
     """For each card whole transformers, dense and gna, then the plot."""
     head = ["model", "tokens", "layers", "policy", "Inductor, ms", "gna, ms", "speedup", "bound"]
-    head += ["attention's share", "cold compile, s", "peak, GiB"]
+    head += ["of the bound", "attention's share", "cold compile, s", "peak, GiB"]
     parts = []
     for path, data in _of_cards("models"):
         rows, notes = [head], []
@@ -83,13 +84,14 @@ def transformers() -> str:
                 cells = [", ".join([result["model"], *_variant(result)])]
                 cells += [f"{grid} + {result['text']}", str(result["layers"]), result["policy"]]
                 cells += [f"{dense['ms']:.0f}", f"{gna['ms']:.0f}", f"**{result['speedup']:.2f}×**"]
-                cells += [f"{result['bound']:.2f}×"]
+                cells += [f"{result['bound']:.2f}×", f"{result['speedup'] / result['bound']:.0%}"]
                 cells += [f"{dense['attention_share']:.0%} → {gna['attention_share']:.0%}"]
                 cells += [f"{dense['cold_s']:.0f} → {gna['cold_s']:.0f}"]
                 # What CUDA graphs hold is not counted.
                 peak = f"{dense['peak_gib']:.1f} → {gna['peak_gib']:.1f}"
                 rows.append([*cells, "–" if result["mode"] else peak])
         plots = _images(path, ("", "Device time of a step"))
+        notes += _kept(data["results"], "model")
         parts += [f"{_about(data)}:", _table(rows), *notes, *plots]
     return "\n\n".join(parts)
 
@@ -116,7 +118,26 @@ def loops() -> str:
             cells += [f"{dense['seconds']:.1f}", f"{gna['seconds']:.1f}"]
             cells += [f"**{result['speedup']:.2f}×**", f"{result['paper']:.2f}×"]
             rows.append([*cells, str(sum(gna["compiled again"].values()))])
-        parts += [f"{_about(data)}:", _table(rows)]
+        parts += [f"{_about(data)}:", _table(rows), *_kept(data["results"], "model")]
+    return "\n\n".join(parts)
+
+
+def resolutions() -> str:
+    """For each card several sizes in one process, each first call and a later one."""
+    head = ["model", "tokens", "graphs compiled", "first call, s", "a later call, ms", "speedup"]
+    parts = []
+    for _, data in _of_cards("resolutions"):
+        rows = [head]
+        calls = {(c["model"], *c["grid"], c["backend"]): c for c in data["results"]}
+        for dense in data["results"]:
+            if dense["backend"] != "inductor":
+                continue
+            gna = calls[(dense["model"], *dense["grid"], "gna")]
+            cells = [dense["model"], "×".join(map(str, dense["grid"]))]
+            for key, digits in (("graphs", 0), ("first_s", 1), ("ms", 0)):
+                cells += [f"{dense[key]:.{digits}f} → {gna[key]:.{digits}f}"]
+            rows.append([*cells, f"**{dense['ms'] / gna['ms']:.2f}×**"])
+        parts += [f"{_about(data)}:", _table(rows), *_kept(data["results"], "model")]
     return "\n\n".join(parts)
 
 
@@ -132,7 +153,7 @@ def training() -> str:
             times = [f"{ms[name]:.1f}" if name in ms else "–" for name in columns]
             cells = [result["case"], f"{result['bound']:.2f}×", *times]
             rows.append([*cells, f"**{gain:.2f}×**" if gain else "–"])
-        parts += [f"{_about(data)}:", _table(_told(rows))]
+        parts += [f"{_about(data)}:", _table(_told(rows)), *_kept(data["results"], "case")]
     return "\n\n".join(parts)
 
 
@@ -170,6 +191,7 @@ TABLES = {
     "kernels": kernels,
     "transformers": transformers,
     "loops": loops,
+    "resolutions": resolutions,
     "training": training,
     "cpu": cpu,
     "overhead": overhead,
@@ -217,6 +239,15 @@ def _about(data: Any) -> str:
         changed = " with changes" if environment.get("uncommitted changes") else ""
         parts.append(f"commit {commit}{changed}")
     return ", ".join([environment["gpu"], *parts])
+
+
+def _kept(results: list[Any], key: str) -> list[str]:
+    """Tells of the rows that are of an earlier commit than their file."""
+    commits: dict[str, dict[str, None]] = {}
+    for row in results:
+        if "commit" in row:
+            commits.setdefault(row["commit"][:7], {})[f"`{row[key]}`"] = None
+    return [f"Of commit {commit}: {', '.join(names)}." for commit, names in commits.items()]
 
 
 def _images(path: Path, *plots: tuple[str, str]) -> list[str]:
