@@ -153,17 +153,24 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     from gna_compile.graph.frame import frame_modules, guard_root_attribute, root_module
     from gna_compile.graph.layouts import TokenFlow
     from gna_compile.graph.sites import find_sites
+    from gna_compile.packed_grid import take_marks
     from gna_compile.policy import load_policy
-    from gna_compile.stamps import KEY, stamp_of, stamps_below
+    from gna_compile.stamps import KEY, PACKED, stamp_of, stamps_below
 
+    packed_grids = take_marks(gm)
     policy = load_policy(options.policy) if options.policy is not None else None
     sites = find_sites(gm)
     if not sites:
         return GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)
     root = root_module()
     stamps = stamps_below(frame_modules())
-    if stamp_of(root) is not None:
+    own = stamp_of(root)
+    if own is not None:
         guard_root_attribute(KEY)
+    if own is not None and own.packed is not None:
+        guard_root_attribute(PACKED, "grid")
+        if own.packed.grid is not None and not packed_grids:
+            packed_grids = [own.packed.grid]
     policies = {stamp.policy for stamp in stamps.values()} | ({policy} if policy else set())
     if not policies:
         log.warning(
@@ -175,7 +182,9 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     flow = TokenFlow(gm, example_inputs)
     decisions: dict[str, list[Decision]] = {}
     for phase in phases:
-        decisions[phase] = [decide(site, flow, policy, phase, root, stamps) for site in sites]
+        decisions[phase] = [
+            decide(site, flow, policy, phase, root, stamps, packed_grids) for site in sites
+        ]
     variants: list[list[Decision]] = []
     variant_of_phase: dict[str, int] = {}
     for phase, row in decisions.items():

@@ -7,7 +7,7 @@ other side of it recompiles; nothing here turns a symbol into a number that the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,11 @@ from gna_compile.geometry import GeometryError, Neighborhood
 from gna_compile.graph.frame import position_ids_outside
 from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, same_grid, times
 from gna_compile.graph.sites import Site
+from gna_compile.graph.values import Size, hint
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.providers import Declined, Problem, Provider, choose
 from gna_compile.reasons import Reason
 from gna_compile.stamps import Stamp
-
-Size = int | torch.SymInt
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ def decide(
     phase: str,
     root: torch.nn.Module | None = None,
     stamps: Mapping[int, Stamp] | None = None,
+    packed_grids: Sequence[tuple[Size, ...]] = (),
 ) -> Decision:
     """Decides on one site in one phase.
 
@@ -86,12 +86,13 @@ def decide(
         phase: which of the policy's phases to decide for.
         root: the module whose method is being compiled.
         stamps: the stamps on it and its submodules, by `id` of the module.
+        packed_grids: the grids of packed latents that guards hold the graph to.
     """
-    decision = _decide(site, flow, policy, phase, root, stamps or {})
+    decision = _decide(site, flow, policy, phase, root, stamps or {}, packed_grids)
     for modules in site.other_calls:
         layer = modules[-1].name if modules else ""
         call = replace(site, modules=modules, layer=layer, other_calls=())
-        other = _decide(call, flow, policy, phase, root, stamps or {})
+        other = _decide(call, flow, policy, phase, root, stamps or {}, packed_grids)
         if not decision.same_rewrite(other):
             return Decision(
                 site,
@@ -110,6 +111,7 @@ def _decide(
     phase: str,
     root: torch.nn.Module | None,
     stamps: Mapping[int, Stamp],
+    packed_grids: Sequence[tuple[Size, ...]],
 ) -> Decision:
     stamp = _stamp_for(site, root, stamps)
     name = stamp.name if stamp is not None else site.layer
@@ -124,7 +126,7 @@ def _decide(
         policy = stamp.policy if stamp is not None else policy
         if policy is None:
             raise _Dense(Reason.NO_RULE, "no policy reaches this graph: give one, or call prepare")
-        layout = _layout(site, flow, stamp, policy)
+        layout = _layout(site, flow, stamp, policy, packed_grids)
         grid = layout.grid if isinstance(layout, Layout) else None
         rule = policy.rule_for(LayerFacts(name, classes, site.tokens, grid), phase)
         if rule is None:
@@ -132,7 +134,7 @@ def _decide(
         facts["rule"] = rule.index
         if rule.dense:
             raise _Dense(Reason.RULE_DENSE)
-        layout = _layout(site, flow, stamp, rule)
+        layout = _layout(site, flow, stamp, rule, packed_grids)
         if relation == "unknown":
             raise _Dense(
                 Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens"
@@ -182,20 +184,32 @@ def _has_submodule(root: torch.nn.Module, name: str) -> bool:
 
 
 def _layout(
-    site: Site, flow: TokenFlow, stamp: Stamp | None, declaring: Policy | Rule
+    site: Site,
+    flow: TokenFlow,
+    stamp: Stamp | None,
+    declaring: Policy | Rule,
+    packed_grids: Sequence[tuple[Size, ...]],
 ) -> Layout | Refusal:
     """The layout by `prepare`, the policy or its rule, or the graph; what ids show must agree."""
     declared = declaring.layout
     if stamp is not None:
         declared = stamp.layout or declared
-        ids_grid = stamp.ids_grid
-        if ids_grid is not None and declared is None:
-            declared = DeclaredLayout(ids_grid)
-        elif ids_grid is not None and declared and not same_grid(ids_grid, declared.grid):
-            return Refusal(
-                Reason.LAYOUT_MISMATCH,
-                f"declared is the grid {times(declared.grid)}, position ids show {times(ids_grid)}",
-            )
+        packed = stamp.packed.grid if stamp.packed is not None else None
+        if packed is not None and not _is_outdated(packed, flow.layout(site)):
+            if len(packed_grids) != 1:
+                return Refusal(
+                    Reason.LAYOUT_UNKNOWN,
+                    "no guard holds this graph to the one grid that position ids show: "
+                    + (" and ".join(map(times, packed_grids)) or "none is known in it"),
+                )
+            (grid,) = packed_grids
+            if declared is None:
+                declared = DeclaredLayout(grid)
+            elif not same_grid(grid, declared.grid):
+                return Refusal(
+                    Reason.LAYOUT_MISMATCH,
+                    f"declared is the grid {times(declared.grid)}, position ids show {times(grid)}",
+                )
     elif declared is not None and isinstance(flow.layout(site), Refusal):
         ids = position_ids_outside()
         if ids is not None:
@@ -205,6 +219,11 @@ def _layout(
                 "call: use gna_compile.prepare(model, policy)",
             )
     return resolve(site, flow, declared, declaring.global_tokens)
+
+
+def _is_outdated(packed: tuple[int, ...], shown: Layout | Refusal) -> bool:
+    """Whether ids in the graph show another grid: inside a larger graph none read them before."""
+    return isinstance(shown, Layout) and shown.ids is not None and shown.grid != packed
 
 
 def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
@@ -329,8 +348,3 @@ def _strides(node: torch.fx.Node, transposed: bool = False) -> tuple[int, ...]:
     if len(strides) == 3:
         strides.insert(1, strides[0])
     return tuple(strides)
-
-
-def hint(size: Any) -> int:
-    """The size of the example input that a symbol stands for; for reports and choices, not graphs."""
-    return size if isinstance(size, int) else size.node.hint

@@ -2,7 +2,8 @@
 
 FLUX-like models flatten their latents before the transformer sees them. The grid is visible only
 in the values of the position ids, and Dynamo does not guard on values. So the grid is read from the
-ids when the graph is compiled, and again, once per new ids tensor, before the graph runs.
+ids when the graph is compiled, and again, once per new ids tensor, before the graph runs. The grid
+that a graph runs on is constant, or among its inputs (`packed_grid.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +19,56 @@ from torch import fx, nn
 
 from gna_compile.graph.layouts import Layout, same_grid, times
 from gna_compile.graph.position_ids import grid_from_ids
+from gna_compile.graph.values import Size, is_known
 from gna_compile.lower import Lowered
-from gna_compile.stamps import SeenTensor, restamp, stamp_of
+from gna_compile.stamps import SeenTensor, show_grid
 
 log = logging.getLogger("gna_compile")
 
-IdsCheck = tuple[int, tuple[Any, ...]]
-"""Position of an ids tensor among a graph's inputs, and the grid that its values must show."""
+
+@dataclass(frozen=True)
+class Input:
+    """A number among a graph's inputs, or a size of the tensor there."""
+
+    index: int
+    axis: int | None = None
+
+    def of(self, inputs: Sequence[Any]) -> int:
+        value = inputs[self.index]
+        return int(value if self.axis is None else value.shape[self.axis])
+
+
+@dataclass(frozen=True)
+class IdsCheck:
+    """Position of an ids tensor among a graph's inputs, and the grid that its values must show."""
+
+    index: int
+    grid: tuple[int | Input, ...]
 
 
 def ids_checks(gm: fx.GraphModule, layouts: Sequence[Layout]) -> tuple[IdsCheck, ...]:
     """What must hold of the inputs of `gm` for these layouts to be true."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    checks = {(placeholders.index(x.ids), x.grid) for x in layouts if x.ids is not None}
-    return tuple(sorted(checks))
+    checks = [
+        IdsCheck(placeholders.index(x.ids), tuple(_found(size, placeholders) for size in x.grid))
+        for x in layouts
+        if x.ids is not None
+    ]
+    return tuple(dict.fromkeys(checks))
+
+
+def _found(size: Size, placeholders: Sequence[fx.Node]) -> int | Input:
+    """The size, or where a symbolic one is to be found."""
+    if isinstance(size, int):
+        return size
+    for index, node in enumerate(placeholders):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt) and is_known(value == size):
+            return Input(index)
+        for axis, length in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(length, torch.SymInt) and is_known(length == size):
+                return Input(index, axis)
+    raise KeyError(f"the size {size} does not enter this graph")
 
 
 class CheckedAgainstIds:
@@ -40,8 +78,8 @@ class CheckedAgainstIds:
         rewritten: the lowered, rewritten graph.
         dense: the dense graph, lowered or to be lowered at the first mismatch.
         checks: from `ids_checks`.
-        root: the compiled module. If `prepare` stamped it, a mismatch re-stamps it, so that
-            the next call recompiles for the new grid.
+        root: the compiled module. If it is prepared, a mismatch tells it the grid, so that the
+            next call takes it.
     """
 
     def __init__(
@@ -57,8 +95,9 @@ class CheckedAgainstIds:
         self._warned: set[tuple[int, ...] | None] = set()
 
     def __call__(self, *inputs: Any) -> Any:
-        for index, grid in self._checks:
-            shown = self._shown(index, inputs[index])
+        for check in self._checks:
+            shown = self._shown(check.index, inputs[check.index])
+            grid = tuple(s.of(inputs) if isinstance(s, Input) else s for s in check.grid)
             if shown is None or not same_grid(shown, grid):
                 self._report(shown, grid)
                 return self._dense(*inputs)
@@ -73,17 +112,15 @@ class CheckedAgainstIds:
 
     def _report(self, shown: tuple[int, ...] | None, grid: tuple[int, ...]) -> None:
         root = self._root()
-        prepared = root is not None and any(stamp_of(m) is not None for m in root.modules())
-        if prepared and root is not None:
-            restamp(root, shown)
+        prepared = root is not None and show_grid(root, shown)
         if shown in self._warned:
             return
         self._warned.add(shown)
         log.warning(
-            "position ids show %s, this graph was built for the grid %s: running dense%s",
+            "position ids show %s, this graph is to run on the grid %s: running dense%s",
             "no grid" if shown is None else f"the grid {times(shown)}",
             times(grid),
-            ", the next call recompiles"
+            ", the next call takes it"
             if prepared
             else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
             "when the grid changes",

@@ -7,7 +7,7 @@ and layers with the same rule share one.
 
 Models whose latents are packed (FLUX) show their grid only in the values of `img_ids`. For them
 `prepare` also hooks the model itself: outside of any graph, the hook reads a new `img_ids` tensor
-once and re-stamps the layers when the grid has changed.
+once and keeps the grid where the layers' hook finds it (`packed_grid.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from gna_compile.graph.position_ids import grid_from_ids
+from gna_compile.packed_grid import PackedGrid, mark
 from gna_compile.policy import DeclaredLayout, Policy, load_policy
 
 log = logging.getLogger("gna_compile")
@@ -34,6 +35,7 @@ log = logging.getLogger("gna_compile")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 KEY = "_gna_key"
+PACKED = "_gna_packed"
 _STAMP = "_gna_stamp"
 _IDS = "img_ids"
 _SEEN = "_gna_seen_ids"
@@ -50,20 +52,20 @@ class Stamp:
         name: its qualified name in the prepared model.
         classes: class names of the modules from the model down to it.
         layout: the layout of its tokens that `prepare` was given, if any.
-        ids_grid: the grid that the model's position ids show at present, if it has any.
+        packed: the grid that the model's position ids show at present, if it has any.
     """
 
     policy: Policy
     name: str
     classes: tuple[str, ...]
     layout: DeclaredLayout | None
-    ids_grid: tuple[int, ...] | None = None
+    packed: PackedGrid | None = None
 
     @property
     def key(self) -> str:
         """Equal for layers that the policy treats alike whatever their tokens are."""
         rules = self.policy.signature(self.name, self.classes)
-        parts = (self.policy.fingerprint, rules, self.layout, self.ids_grid)
+        parts = (self.policy.fingerprint, rules, self.layout)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -81,7 +83,8 @@ def prepare(
     Prepare a model before it is first called compiled: Dynamo does not look for hooks added later.
     From then on, call `prepare` again to change policy or layout: layers whose rule or layout
     changed are recompiled. The grid of packed latents belongs to the model, so threads that share a
-    prepared model must run one grid at a time.
+    prepared model must run one grid at a time. A graph treats its height and width as sizes of a
+    tensor: `torch.compile` makes those dynamic that have changed once.
 
     The stamps are plain attributes and the hooks plain functions: `pickle`, `copy.deepcopy` and
     `state_dict` work as before, and `unprepare` removes everything.
@@ -97,6 +100,12 @@ def prepare(
     policy = load_policy(policy)
     declared = _parse_layout(layout)
     unprepare(model)
+    for module in model.modules():
+        if _IDS in inspect.signature(module.forward).parameters:
+            module.register_forward_pre_hook(_follow_ids, with_kwargs=True)
+            packed = PackedGrid()
+            for inner in module.modules():
+                inner.__dict__[PACKED] = packed
     for module, stamps in _stamps(model, policy, declared).items():
         if len({stamp.key for stamp in stamps}) > 1:
             log.warning(
@@ -105,11 +114,9 @@ def prepare(
                 " and ".join(stamp.name for stamp in stamps),
             )
             continue
-        _stamp(module, stamps[0])
+        module.__dict__[_STAMP] = stamps[0]
+        module.__dict__[KEY] = stamps[0].key
         module.register_forward_pre_hook(_read_key)
-    for module in model.modules():
-        if _IDS in inspect.signature(module.forward).parameters:
-            module.register_forward_pre_hook(_follow_ids, with_kwargs=True)
     _warn_of_recompile_limit(model)
     return model
 
@@ -127,6 +134,7 @@ def unprepare(model: ModuleT) -> ModuleT:
     for module in model.modules():
         module.__dict__.pop(_STAMP, None)
         module.__dict__.pop(KEY, None)
+        module.__dict__.pop(PACKED, None)
         module.__dict__.pop(_SEEN, None)
         for handle, hook in list(module._forward_pre_hooks.items()):
             if hook in (_read_key, _follow_ids):
@@ -146,20 +154,18 @@ def stamps_below(roots: Iterable[nn.Module]) -> dict[int, Stamp]:
     return {id(m): stamp for m in modules if (stamp := stamp_of(m)) is not None}
 
 
-def _stamp(module: nn.Module, stamp: Stamp) -> None:
-    module.__dict__[_STAMP] = stamp
-    module.__dict__[KEY] = stamp.key
-
-
 def _read_key(module: nn.Module, args: Any) -> None:
     # The comparison is what makes Dynamo guard on the value.
     if module.__dict__[KEY] == "":
         raise AssertionError("a stamped module has a key")
+    packed = module.__dict__.get(PACKED)
+    if packed is not None and torch.compiler.is_dynamo_compiling():
+        mark(packed)
 
 
 @torch.compiler.disable
 def _follow_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Re-stamps the layers when the position ids of packed latents show another grid."""
+    """Keeps the grid that the position ids of packed latents show."""
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
     ids = bound.arguments.get(_IDS)
     if not isinstance(ids, torch.Tensor):
@@ -167,7 +173,7 @@ def _follow_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     seen = module.__dict__.get(_SEEN)
     if seen is not None and seen.is_same(ids):
         return
-    restamp(module, grid_from_ids(ids))
+    module.__dict__[PACKED].show(grid_from_ids(ids))
     module.__dict__[_SEEN] = SeenTensor(ids)
 
 
@@ -177,12 +183,12 @@ def _follow_ids_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
     return
 
 
-def restamp(model: nn.Module, grid: tuple[int, ...] | None) -> None:
-    """Stamps this grid of position ids on every layer, so that Dynamo's guards see the change."""
-    for module in model.modules():
-        stamp = stamp_of(module)
-        if stamp is not None and stamp.ids_grid != grid:
-            _stamp(module, replace(stamp, ids_grid=grid))
+def show_grid(model: nn.Module, grid: tuple[int, ...] | None) -> bool:
+    """Takes this grid for that of the position ids; whether `model` is prepared for any."""
+    grids = [packed for module in model.modules() if (packed := module.__dict__.get(PACKED))]
+    for packed in grids:
+        packed.show(grid)
+    return bool(grids)
 
 
 class SeenTensor:
@@ -223,7 +229,8 @@ def _stamps(
     stamps: dict[nn.Module, list[Stamp]] = defaultdict(list)
     for name, module in named.items():
         if name in chosen:
-            stamps[module].append(Stamp(policy, name, class_stack(named, name), declared))
+            packed = module.__dict__.get(PACKED)
+            stamps[module].append(Stamp(policy, name, class_stack(named, name), declared, packed))
     return stamps
 
 

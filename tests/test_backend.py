@@ -21,6 +21,7 @@ import torch
 from masked_model import masked
 from models import build, flux_ids, main_output
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import gna_compile
@@ -445,8 +446,11 @@ def test_prepare_warns_of_the_recompile_limit(caplog: pytest.LogCaptureFixture) 
 
 
 def flux_inputs(grid: tuple[int, int]) -> dict[str, Any]:
-    built = build("flux")
-    return {**built.inputs, "img_ids": flux_ids(grid)}
+    inputs = dict(build("flux").inputs)
+    channels = inputs["hidden_states"].shape[-1]
+    seeded = torch.Generator().manual_seed(0)
+    inputs["hidden_states"] = torch.randn(1, grid[0] * grid[1], channels, generator=seeded)
+    return inputs | {"img_ids": flux_ids(grid)}
 
 
 def flux_masked(model: nn.Module, inputs: dict[str, Any], grid: tuple[int, int]) -> Tensor:
@@ -470,6 +474,160 @@ def test_packed_latents_follow_the_aspect_ratio(regional: bool) -> None:
         with torch.no_grad():
             actual = main_output(run(**flux_inputs(grid)))
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def compile_flux(model: Any, regional: bool, **kwargs: Any) -> Any:
+    options: dict[str, Any] = {"inner": "aot_eager"}
+    if not regional:
+        return torch.compile(model, backend="gna", options=options, **kwargs)
+    model.compile_repeated_blocks(backend="gna", options=options, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_packed_latents_of_many_grids_compile_no_more_than_dense_ones(regional: bool) -> None:
+    """The grid becomes an input of the graph when the number of tokens does."""
+    grids = [(8, 10), (12, 6), (6, 12), (10, 8), (5, 9), (7, 7), (16, 4), (4, 16), (9, 12), (8, 10)]
+    counts: dict[str, list[int]] = {}
+    for name in ("aot_eager", "gna"):
+        torch._dynamo.reset()
+        counters.clear()
+        model: Any = build("flux").model
+        plain = copy.deepcopy(model)
+        if name == "gna":
+            gna_compile.prepare(model, policy())
+            run = compile_flux(model, regional)
+        elif regional:
+            run = model
+            model.compile_repeated_blocks(backend=name)
+        else:
+            run = torch.compile(model, backend=name)
+        counts[name] = []
+        for grid in grids:
+            inputs = flux_inputs(grid)
+            with torch.no_grad():
+                actual = main_output(run(**inputs))
+            if name == "gna":
+                expected = flux_masked(plain, inputs, grid)
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            counts[name].append(counters["stats"]["unique_graphs"])
+    assert counts["gna"] == counts["aot_eager"]
+    assert counts["gna"][1] == counts["gna"][-1]
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_packed_latents_of_as_many_tokens_differ_in_their_grid(regional: bool) -> None:
+    """The number of tokens stays a constant; then the grid's sizes are held to it."""
+    model: Any = build("flux").model
+    plain = copy.deepcopy(model)
+    run = compile_flux(gna_compile.prepare(model, policy()), regional, fullgraph=True)
+    torch._dynamo.reset()
+    counters.clear()
+    counts = []
+    for grid in ((8, 10), (10, 8), (4, 20), (20, 4), (5, 16)):
+        inputs = flux_inputs(grid)
+        with torch.no_grad():
+            actual = main_output(run(**inputs))
+        expected = flux_masked(plain, inputs, grid)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[1:] == [counts[1]] * 4
+
+
+def test_packed_latents_under_dynamic_compile_once() -> None:
+    model: Any = build("flux").model
+    plain = copy.deepcopy(model)
+    run = compile_flux(gna_compile.prepare(model, policy()), False, dynamic=True)
+    for grid in ((8, 10), (6, 12), (10, 8)):
+        inputs = flux_inputs(grid)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=grid != (8, 10)):
+            actual = main_output(run(**inputs))
+        expected = flux_masked(plain, inputs, grid)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_of_a_prepared_model_has_a_grid_of_its_own() -> None:
+    model: Any = build("flux").model
+    plain = copy.deepcopy(model)
+    gna_compile.prepare(model, policy())
+    first, second = flux_inputs((8, 10)), flux_inputs((10, 8))
+    model(**first)
+    twin = copy.deepcopy(model)
+    runs = [
+        (compile_flux(model, False), first, (8, 10)),
+        (compile_flux(twin, False), second, (10, 8)),
+    ]
+    for run, inputs, grid in runs * 2:
+        with torch.no_grad():
+            actual = main_output(run(**inputs))
+        expected = flux_masked(plain, inputs, grid)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_latents_in_attention_that_is_compiled_by_itself() -> None:
+    """Its own hooks are traced apart, so there a guard holds the graph to the grid."""
+    model: Any = build("flux").model
+    plain = copy.deepcopy(model)
+    gna_compile.prepare(model, policy(global_tokens="prefix"))
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.compile(backend="gna", options={"inner": "aot_eager"})
+    for grid in ((8, 10), (10, 8), (8, 10), (6, 12)):
+        inputs = flux_inputs(grid)
+        with torch.no_grad():
+            actual = main_output(model(**inputs))
+        expected = flux_masked(plain, inputs, grid)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_latents_inside_a_larger_graph_are_checked(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing reads the ids before the graph there: a new grid runs dense once, and then sparse."""
+    model: Any = build("flux").model
+    plain = copy.deepcopy(model)
+    pipe = gna_compile.prepare(Pipe(model), policy())
+    run = compiled(pipe, None)
+    for grid in ((8, 10), (10, 8), (6, 12), (12, 6), (4, 20)):
+        inputs = flux_inputs(grid)
+        outcomes = []
+        for _ in range(3):
+            with torch.no_grad():
+                actual = main_output(run(**inputs))
+                dense = main_output(plain(**inputs))
+            sparse = flux_masked(plain, inputs, grid)
+            distances = [(actual - wanted).abs().max() for wanted in (dense, sparse)]
+            assert min(distances) < 1e-4
+            outcomes.append(distances[1] < 1e-4)
+        assert outcomes[1:] == [True, True], grid
+    assert "the next call takes it" in caplog.text
+
+
+def test_two_grids_of_packed_latents_in_one_graph_stay_dense() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left: Any = gna_compile.prepare(build("flux").model, policy())
+            self.right: Any = gna_compile.prepare(build("flux").model, policy())
+
+        def forward(self, left: Any, right: Any) -> Any:
+            return main_output(self.left(**left)) + main_output(self.right(**right))
+
+    model = Two()
+    inputs = flux_inputs((8, 10)), flux_inputs((10, 8))
+    with torch.no_grad():
+        expected = model(*inputs)
+        actual = compiled(model, None)(*inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_other_backends_run_a_prepared_model_as_it_is(backend: str) -> None:
+    model: Any = build("flux").model
+    gna_compile.prepare(model, policy())
+    for grid in ((8, 10), (6, 12)):
+        inputs = flux_inputs(grid)
+        with torch.no_grad():
+            expected = main_output(model(**inputs))
+            actual = main_output(torch.compile(model, backend=backend)(**inputs))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [None, {"grid": [8, 10]}])

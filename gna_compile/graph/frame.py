@@ -65,12 +65,19 @@ def _translator() -> Any:
         return None
 
 
-def guard_root_attribute(name: str) -> None:
-    """Makes the graph being compiled valid only while the root module's string `name` is equal."""
+def guard_root_attribute(*names: str) -> None:
+    """Makes the graph being compiled valid only while the root module's `a.b...` is equal.
+
+    Args:
+        names: attributes, each of the one before; the last one's value is a string, a tuple of
+            ints or None.
+    """
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import AttrSource, LocalSource
 
-    source = AttrSource(LocalSource("self"), name)
+    source: Any = LocalSource("self")
+    for name in names:
+        source = AttrSource(source, name)
     install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
 
 

@@ -20,7 +20,7 @@ from gna_compile.graph.align import agree, product
 from gna_compile.graph.axes import Axes, Dim, Grid, Shape
 from gna_compile.graph.flow import Walk
 from gna_compile.graph.position_ids import grid_from_ids, may_be_ids, name_of
-from gna_compile.graph.values import Size, holds, is_known
+from gna_compile.graph.values import Size, hint, holds, is_known
 from gna_compile.reasons import Reason
 
 MAX_AXES = 3
@@ -80,7 +80,7 @@ class Declared(Protocol):
     """A layout from a policy or from `prepare`; prefix and suffix are None where it does not say."""
 
     @property
-    def grid(self) -> tuple[int, ...]: ...
+    def grid(self) -> tuple[Size, ...]: ...
     @property
     def prefix(self) -> int | None: ...
     @property
@@ -338,7 +338,9 @@ def resolve(
     ids = None
     if isinstance(shown, Layout):
         theirs = (shown.grid, shown.prefix, shown.suffix)
-        if not same_grid(shown.grid, grid) or not holds(shown.prefix == prefix):
+        # What ids show is checked at every call, and no reason to hold symbols to it.
+        ours = grid if shown.ids is None else tuple(hint(size) for size in grid)
+        if not same_grid(shown.grid, ours) or not holds(shown.prefix == prefix):
             return Refusal(
                 Reason.LAYOUT_MISMATCH,
                 f"declared is {_words(grid, prefix, suffix)}, "

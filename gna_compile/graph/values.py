@@ -41,6 +41,11 @@ def holds(condition: bool | torch.SymBool) -> bool:
     return bool(condition)
 
 
+def hint(size: Size) -> int:
+    """The size of the example input that a symbol stands for; for reports and choices, not graphs."""
+    return size if isinstance(size, int) else size.node.hint
+
+
 def same_shape(left: Any, right: Any) -> bool:
     """Whether two shapes are equal for all sizes that the graph serves; adds no guard."""
     return len(left) == len(right) and all(

@@ -52,9 +52,12 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class DeclaredLayout:
-    """A `layout` of the policy; `prefix` and `suffix` are None where it does not say."""
+    """A `layout` of the policy; `prefix` and `suffix` are None where it does not say.
 
-    grid: tuple[int, ...]
+    Where position ids stand in for a policy's layout, the grid may be symbolic.
+    """
+
+    grid: tuple[Size, ...]
     prefix: int | None = None
     suffix: int | None = None
 

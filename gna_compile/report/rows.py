@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gna_compile.decide import Decision, hint
+from gna_compile.decide import Decision
 from gna_compile.graph.layouts import Layout
+from gna_compile.graph.values import hint
 
 
 @dataclass(frozen=True)
