@@ -47,8 +47,8 @@ gpu: $(VENV)/.test compiler
 	$(BIN)/python -m benchmarks kernels
 
 fuzz: $(VENV)/.dev compiler
-	$(BIN)/cmake -S . -B build/fuzz -DGNA_PYTHON=OFF -DGNA_FUZZ=ON -DGNA_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/fuzz --parallel 2
+	$(BIN)/python -m cmake -S . -B build/fuzz -DGNA_PYTHON=OFF -DGNA_FUZZ=ON -DGNA_SANITIZE=address,undefined
+	$(BIN)/python -m cmake --build build/fuzz --parallel 2
 	build/fuzz/csrc/cpu/gna_fuzz $(FUZZ_SECONDS)
 
 lint: $(VENV)/.dev
