@@ -167,10 +167,9 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     own = stamp_of(root)
     if own is not None:
         guard_root_attribute(KEY)
-    if own is not None and own.packed is not None:
+    if own is not None and own.packed is not None and not packed_grids:
         guard_root_attribute(PACKED, "grid")
-        if own.packed.grid is not None and not packed_grids:
-            packed_grids = [own.packed.grid]
+        packed_grids = [own.packed.grid] if own.packed.grid is not None else []
     policies = {stamp.policy for stamp in stamps.values()} | ({policy} if policy else set())
     if not policies:
         log.warning(

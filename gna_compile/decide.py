@@ -17,11 +17,11 @@ from gna_compile.geometry import GeometryError, Neighborhood
 from gna_compile.graph.frame import position_ids_outside
 from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, same_grid, times
 from gna_compile.graph.sites import Site
-from gna_compile.graph.values import Size, hint
+from gna_compile.graph.values import Size, enters, hint
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.providers import Declined, Problem, Provider, choose
 from gna_compile.reasons import Reason
-from gna_compile.stamps import Stamp
+from gna_compile.stamps import PACKED, Stamp
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _decide(
         policy = stamp.policy if stamp is not None else policy
         if policy is None:
             raise _Dense(Reason.NO_RULE, "no policy reaches this graph: give one, or call prepare")
-        layout = _layout(site, flow, stamp, policy, packed_grids)
+        layout = _layout(site, flow, stamp, policy, root, packed_grids)
         grid = layout.grid if isinstance(layout, Layout) else None
         rule = policy.rule_for(LayerFacts(name, classes, site.tokens, grid), phase)
         if rule is None:
@@ -134,14 +134,14 @@ def _decide(
         facts["rule"] = rule.index
         if rule.dense:
             raise _Dense(Reason.RULE_DENSE)
-        layout = _layout(site, flow, stamp, rule, packed_grids)
+        layout = _layout(site, flow, stamp, rule, root, packed_grids)
         if relation == "unknown":
             raise _Dense(
                 Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens"
             )
         if isinstance(layout, Refusal):
             raise _Dense(layout.reason, layout.detail)
-        facts["layout"] = layout
+        facts["layout"] = layout = _within_reach(site, layout)
         _check_mask(site, layout, rule)
         parameters = _parameters(rule, layout)
         _check_causal(site, layout, parameters)
@@ -188,28 +188,23 @@ def _layout(
     flow: TokenFlow,
     stamp: Stamp | None,
     declaring: Policy | Rule,
+    root: torch.nn.Module | None,
     packed_grids: Sequence[tuple[Size, ...]],
 ) -> Layout | Refusal:
     """The layout by `prepare`, the policy or its rule, or the graph; what ids show must agree."""
     declared = declaring.layout
     if stamp is not None:
         declared = stamp.layout or declared
-        packed = stamp.packed.grid if stamp.packed is not None else None
-        if packed is not None and not _is_outdated(packed, flow.layout(site)):
-            if len(packed_grids) != 1:
-                return Refusal(
-                    Reason.LAYOUT_UNKNOWN,
-                    "no guard holds this graph to the one grid that position ids show: "
-                    + (" and ".join(map(times, packed_grids)) or "none is known in it"),
-                )
-            (grid,) = packed_grids
-            if declared is None:
-                declared = DeclaredLayout(grid)
-            elif not same_grid(grid, declared.grid):
-                return Refusal(
-                    Reason.LAYOUT_MISMATCH,
-                    f"declared is the grid {times(declared.grid)}, position ids show {times(grid)}",
-                )
+        packed = _packed_grid(site, flow, stamp, root, packed_grids)
+        if isinstance(packed, Refusal):
+            return packed
+        if packed is not None and declared is None:
+            declared = DeclaredLayout(packed)
+        elif packed is not None and declared and not same_grid(packed, declared.grid):
+            return Refusal(
+                Reason.LAYOUT_MISMATCH,
+                f"declared is the grid {times(declared.grid)}, position ids show {times(packed)}",
+            )
     elif declared is not None and isinstance(flow.layout(site), Refusal):
         ids = position_ids_outside()
         if ids is not None:
@@ -221,9 +216,61 @@ def _layout(
     return resolve(site, flow, declared, declaring.global_tokens)
 
 
-def _is_outdated(packed: tuple[int, ...], shown: Layout | Refusal) -> bool:
-    """Whether ids in the graph show another grid: inside a larger graph none read them before."""
-    return isinstance(shown, Layout) and shown.ids is not None and shown.grid != packed
+def _packed_grid(
+    site: Site,
+    flow: TokenFlow,
+    stamp: Stamp,
+    root: torch.nn.Module | None,
+    packed_grids: Sequence[tuple[Size, ...]],
+) -> tuple[Size, ...] | Refusal | None:
+    """The grid that the position ids of a prepared model show, if a guard holds the graph to it.
+
+    None if they show none, or if the graph's own inputs must tell.
+    """
+    packed = stamp.packed.grid if stamp.packed is not None else None
+    if packed is None:
+        return None
+    shown = _grid_of_ids(flow.layout(site))
+    if shown is not None and shown != packed:
+        # A larger graph, in which nothing read these ids before it was compiled. What they show is
+        # to be asked again as soon as the model has seen others.
+        for grid in packed_grids:
+            for size in grid:
+                int(size)
+        return None
+    if shown is None and not _reads_ids(root, stamp):
+        return Refusal(
+            Reason.LAYOUT_UNKNOWN,
+            "position ids that are not seen among this graph's inputs decide on the grid: compile "
+            "the prepared model itself, not what calls it",
+        )
+    grids = [grid for grid in packed_grids if tuple(map(hint, grid)) == packed]
+    if len(grids) != 1:
+        return Refusal(
+            Reason.LAYOUT_UNKNOWN,
+            f"position ids show {times(packed)}, but no guard holds this graph to it",
+        )
+    return grids[0]
+
+
+def _grid_of_ids(shown: Layout | Refusal) -> tuple[Size, ...] | None:
+    return shown.grid if isinstance(shown, Layout) and shown.ids is not None else None
+
+
+def _reads_ids(root: torch.nn.Module | None, stamp: Stamp) -> bool:
+    """Whether the hook that reads position ids ran before this graph, and not inlined in it."""
+    inside = root is not None and root.__dict__.get(PACKED) is stamp.packed
+    return inside and not torch._dynamo.config.nested_graph_breaks
+
+
+def _within_reach(site: Site, layout: Layout) -> Layout:
+    """The layout with sizes held to their values that do not enter the site's own subgraph."""
+
+    def reached(size: Size) -> Size:
+        return size if enters(size, site.owner.graph) else int(size)
+
+    grid = tuple(map(reached, layout.grid))
+    return replace(layout, grid=grid, prefix=reached(layout.prefix), suffix=reached(layout.suffix))
 
 
 def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:

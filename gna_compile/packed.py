@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from gna_compile.graph.layouts import Layout, same_grid, times
 from gna_compile.graph.position_ids import grid_from_ids
-from gna_compile.graph.values import Size, is_known
+from gna_compile.graph.values import Size, entry_of
 from gna_compile.lower import Lowered
 from gna_compile.stamps import SeenTensor, show_grid
 
@@ -61,14 +61,11 @@ def _found(size: Size, placeholders: Sequence[fx.Node]) -> int | Input:
     """The size, or where a symbolic one is to be found."""
     if isinstance(size, int):
         return size
-    for index, node in enumerate(placeholders):
-        value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt) and is_known(value == size):
-            return Input(index)
-        for axis, length in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if isinstance(length, torch.SymInt) and is_known(length == size):
-                return Input(index, axis)
-    raise KeyError(f"the size {size} does not enter this graph")
+    found = entry_of(size.node.expr, placeholders)
+    if found is None:
+        raise KeyError(f"the size {size} does not enter this graph")
+    node, axis = found
+    return Input(placeholders.index(node), axis)
 
 
 class CheckedAgainstIds:

@@ -83,8 +83,10 @@ def prepare(
     Prepare a model before it is first called compiled: Dynamo does not look for hooks added later.
     From then on, call `prepare` again to change policy or layout: layers whose rule or layout
     changed are recompiled. The grid of packed latents belongs to the model, so threads that share a
-    prepared model must run one grid at a time. A graph treats its height and width as sizes of a
-    tensor: `torch.compile` makes those dynamic that have changed once.
+    prepared model must run one grid at a time, and activation checkpointing must recompute with
+    the grid of the forward pass. Graphs treat its height and width as sizes of a tensor:
+    `torch.compile` makes those dynamic that have changed once. Call the model itself:
+    `model.forward(...)` passes by the hook that reads the ids.
 
     The stamps are plain attributes and the hooks plain functions: `pickle`, `copy.deepcopy` and
     `state_dict` work as before, and `unprepare` removes everything.
@@ -99,11 +101,12 @@ def prepare(
     """
     policy = load_policy(policy)
     declared = _parse_layout(layout)
+    earlier = {m: m.__dict__[PACKED] for m in model.modules() if PACKED in m.__dict__}
     unprepare(model)
     for module in model.modules():
         if _IDS in inspect.signature(module.forward).parameters:
             module.register_forward_pre_hook(_follow_ids, with_kwargs=True)
-            packed = PackedGrid()
+            packed = _shared_grid(module, earlier) or PackedGrid()
             for inner in module.modules():
                 inner.__dict__[PACKED] = packed
     for module, stamps in _stamps(model, policy, declared).items():
@@ -119,6 +122,16 @@ def prepare(
         module.register_forward_pre_hook(_read_key)
     _warn_of_recompile_limit(model)
     return model
+
+
+def _shared_grid(model: nn.Module, earlier: Mapping[nn.Module, PackedGrid]) -> PackedGrid | None:
+    """That of another model with the same layers, which each call of either then sets."""
+    around = model.__dict__.get(PACKED)
+    for module in model.modules():
+        for packed in (earlier.get(module), module.__dict__.get(PACKED)):
+            if packed is not None and packed is not around:
+                return packed
+    return None
 
 
 def _parse_layout(layout: Mapping[str, Any] | DeclaredLayout | None) -> DeclaredLayout | None:
@@ -170,24 +183,25 @@ def _follow_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ids = bound.arguments.get(_IDS)
     if not isinstance(ids, torch.Tensor):
         return
-    seen = module.__dict__.get(_SEEN)
-    if seen is not None and seen.is_same(ids):
-        return
-    module.__dict__[PACKED].show(grid_from_ids(ids))
-    module.__dict__[_SEEN] = SeenTensor(ids)
+    seen, grid = module.__dict__.get(_SEEN) or (None, None)
+    if seen is None or not seen.is_same(ids):
+        grid = grid_from_ids(ids)
+        module.__dict__[_SEEN] = SeenTensor(ids), grid
+    module.__dict__[PACKED].show(grid)
 
 
 @torch.compiler.substitute_in_graph(_follow_ids, skip_signature_check=True)
 def _follow_ids_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
-    """Inside a larger graph nothing can be read; the backend's own check then guards the grid."""
+    """Inside a larger graph nothing can be read; only ids among its inputs show the grid there."""
     return
 
 
 def show_grid(model: nn.Module, grid: tuple[int, ...] | None) -> bool:
-    """Takes this grid for that of the position ids; whether `model` is prepared for any."""
-    grids = [packed for module in model.modules() if (packed := module.__dict__.get(PACKED))]
+    """Makes guards see that position ids show this grid; whether `model` is prepared for any."""
+    grids = {packed for module in model.modules() if (packed := module.__dict__.get(PACKED))}
     for packed in grids:
-        packed.show(grid)
+        # A graph that was made while this grid was shown, but for other ids, must go, too.
+        packed.show(None if packed.grid == grid else grid)
     return bool(grids)
 
 

@@ -23,6 +23,7 @@ from models import build, flux_ids, main_output
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import gna_compile
 from gna_compile import backend, lower
@@ -600,22 +601,115 @@ def test_packed_latents_inside_a_larger_graph_are_checked(caplog: pytest.LogCapt
     assert "the next call takes it" in caplog.text
 
 
-def test_two_grids_of_packed_latents_in_one_graph_stay_dense() -> None:
+def test_two_grids_of_packed_latents_in_one_graph() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.left: Any = gna_compile.prepare(build("flux").model, policy())
-            self.right: Any = gna_compile.prepare(build("flux").model, policy())
+            self.left: Any = build("flux").model
+            self.right: Any = build("flux").model
 
         def forward(self, left: Any, right: Any) -> Any:
-            return main_output(self.left(**left)) + main_output(self.right(**right))
+            return main_output(self.left(**left)), main_output(self.right(**right))
 
     model = Two()
-    inputs = flux_inputs((8, 10)), flux_inputs((10, 8))
+    plain = copy.deepcopy(model)
+    gna_compile.prepare(model, policy())
+    grids = (8, 10), (10, 8)
+    left, right = map(flux_inputs, grids)
     with torch.no_grad():
-        expected = model(*inputs)
-        actual = compiled(model, None)(*inputs)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        model(left, right)
+        outputs = compiled(model, None)(left, right)
+    for output, twin, inputs, grid in zip(
+        outputs, (plain.left, plain.right), (left, right), grids, strict=True
+    ):
+        expected = flux_masked(twin, inputs, grid)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+class Renamed(nn.Module):
+    """Inlines the transformer in a graph whose inputs do not look like position ids."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, positions: Tensor, **inputs: Any) -> Any:
+        return self.transformer(img_ids=positions, **inputs)
+
+
+def test_a_grid_seen_before_is_not_trusted_where_position_ids_are_out_of_sight() -> None:
+    model: Any = build("flux").model
+    plain = copy.deepcopy(model)
+    pipe = Renamed(gna_compile.prepare(model, policy()))
+    model(**flux_inputs((8, 10)))
+    run = compiled(pipe, None)
+    for grid in ((8, 10), (10, 8)):
+        inputs = flux_inputs(grid)
+        expected = main_output(plain(**inputs))
+        positions = inputs.pop("img_ids")
+        with torch.no_grad():
+            actual = main_output(run(positions=positions, **inputs))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharing", ["shallow copy", "same layers", "larger graph"])
+def test_ids_that_were_seen_before_count_again_at_each_call(sharing: str) -> None:
+    """Something else may have run the same layers on another grid in between."""
+    model: Any = build("flux").model
+    plain = copy.deepcopy(model)
+    other: Any
+    if sharing == "same layers":
+        other = copy.deepcopy(model)
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            setattr(other, name, getattr(model, name))
+        gna_compile.prepare(nn.ModuleList([model, other]), policy())
+    else:
+        gna_compile.prepare(model, policy())
+        other = copy.copy(model) if sharing == "shallow copy" else compiled(Pipe(model), None)
+    compile_flux(model, regional=True)
+    first, second = flux_inputs((8, 10)), flux_inputs((10, 8))
+    expected = flux_masked(plain, first, (8, 10))
+    for _ in range(3):
+        with torch.no_grad():
+            actual = main_output(model(**first))
+            other(**second)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+class Checkpointed(nn.Module):
+    """Its attention is in a subgraph that its sizes do not enter by themselves."""
+
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+            attend = F.scaled_dot_product_attention
+            output: Tensor = checkpoint(attend, heads, heads, heads, use_reentrant=False)
+            return output.transpose(1, 2).flatten(2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.attn = nn.Linear(3, 32), self.Attention()
+
+    def forward(self, x: Tensor, img_ids: Tensor) -> Tensor:
+        y: Tensor = self.attn(x + self.position(img_ids))
+        return y
+
+
+def test_packed_latents_in_a_subgraph_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = Checkpointed()
+    run = torch.compile(
+        gna_compile.prepare(model, policy()), backend="gna", options={"inner": "aot_eager"}
+    )
+    for grid in ((8, 10), (12, 6), (6, 12)):
+        x, ids = torch.randn(1, grid[0] * grid[1], 32), flux_ids(grid)
+        y = (x + model.position(ids)).unflatten(-1, (2, -1)).transpose(1, 2)
+        mask = oracle.mask(grid, (3, 3))
+        expected = F.scaled_dot_product_attention(y, y, y, attn_mask=mask)
+        actual = run(x, ids)
+        torch.testing.assert_close(
+            actual, expected.transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -314,7 +314,8 @@ def resolve(
     A declared layout must have as many tokens as the site and must not contradict the graph.
     Where it does not say how many global tokens lie before and after the grid, the graph does, or
     else `global_tokens` says on which side the rest lies. Symbolic sizes that have to equal a
-    declared number, or that of position ids, are held to it by a guard.
+    declared number are held to it by a guard; a declared symbolic grid needs only be that of
+    position ids in this call, since each call checks it.
 
     Args:
         global_tokens: "prefix" or "suffix": there the tokens off the grid lie; "none": there are

@@ -21,6 +21,7 @@ from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
 
 from gna_compile.graph.layouts import Layout
 from gna_compile.graph.sites import Site
+from gna_compile.graph.values import entry_of
 from gna_compile.policy import Parameters
 
 Rewrite = tuple[Site, Layout, Parameters]
@@ -245,22 +246,15 @@ class SizeNodes:
         return self._known[expr].node
 
     def _input(self, symbol: sympy.Symbol) -> fx.Proxy:
-        tensors = []
-        for node in self.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            value = node.meta.get("example_value")
-            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
-                return fx.Proxy(node, self._tracer)
-            if isinstance(value, torch.Tensor):
-                tensors.append((node, value))
-        for node, value in tensors:
-            for dim, length in enumerate(value.shape):
-                if isinstance(length, torch.SymInt) and length.node.expr == symbol:
-                    new = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                    new.meta["example_value"] = length
-                    return fx.Proxy(new, self._tracer)
-        raise KeyError(f"the size {symbol} does not enter this graph")
+        found = entry_of(symbol, self.graph.find_nodes(op="placeholder"))
+        if found is None:
+            raise KeyError(f"the size {symbol} does not enter this graph")
+        node, axis = found
+        if axis is not None:
+            length = node.meta["example_value"].shape[axis]
+            node = self.graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
+            node.meta["example_value"] = length
+        return fx.Proxy(node, self._tracer)
 
 
 def _first_computation(graph: fx.Graph) -> fx.Node:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import operator
 import sys
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
@@ -44,6 +46,32 @@ def holds(condition: bool | torch.SymBool) -> bool:
 def hint(size: Size) -> int:
     """The size of the example input that a symbol stands for; for reports and choices, not graphs."""
     return size if isinstance(size, int) else size.node.hint
+
+
+def entry_of(
+    symbol: sympy.Expr, placeholders: Iterable[fx.Node]
+) -> tuple[fx.Node, int | None] | None:
+    """The input that is this symbol, or the tensor and its axis of that size; None if none is."""
+    tensors = []
+    for node in placeholders:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return node, None
+        if isinstance(value, torch.Tensor):
+            tensors.append((node, value))
+    for node, tensor in tensors:
+        for axis, length in enumerate(tensor.shape):
+            if isinstance(length, torch.SymInt) and length.node.expr == symbol:
+                return node, axis
+    return None
+
+
+def enters(size: Size, graph: fx.Graph) -> bool:
+    """Whether a size can be computed from what enters a graph."""
+    if isinstance(size, int):
+        return True
+    placeholders = graph.find_nodes(op="placeholder")
+    return all(entry_of(symbol, placeholders) for symbol in size.node.expr.free_symbols)
 
 
 def same_shape(left: Any, right: Any) -> bool:
