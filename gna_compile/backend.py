@@ -68,7 +68,7 @@ gna = GnaBackend()
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
     """Rewrites what is decided, lowers the graph, and returns what Dynamo shall call."""
     from gna_compile.graph.rewrite import copy_with_sites, rewrite
-    from gna_compile.packed import CheckedAgainstIds, ids_checks
+    from gna_compile.ids_checks import CheckedAgainstIds, ids_checks
     from gna_compile.report.collect import GraphRecord
 
     # Whoever keeps this for later keeps no inputs alive.

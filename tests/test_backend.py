@@ -477,6 +477,14 @@ def test_packed_latents_follow_the_aspect_ratio(regional: bool) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
+def assert_sparse(run: Any, plain: nn.Module, inputs: Any, grid: tuple[int, int]) -> None:
+    """As the model that was never prepared, under the mask of this grid."""
+    with torch.no_grad():
+        actual = main_output(run(**inputs))
+    expected = flux_masked(plain, inputs, grid)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def compile_flux(model: Any, regional: bool, **kwargs: Any) -> Any:
     options: dict[str, Any] = {"inner": "aot_eager"}
     if not regional:
@@ -526,11 +534,7 @@ def test_packed_latents_of_as_many_tokens_differ_in_their_grid(regional: bool) -
     counters.clear()
     counts = []
     for grid in ((8, 10), (10, 8), (4, 20), (20, 4), (5, 16)):
-        inputs = flux_inputs(grid)
-        with torch.no_grad():
-            actual = main_output(run(**inputs))
-        expected = flux_masked(plain, inputs, grid)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert_sparse(run, plain, flux_inputs(grid), grid)
         counts.append(counters["stats"]["unique_graphs"])
     assert counts[1:] == [counts[1]] * 4
 
@@ -559,10 +563,7 @@ def test_a_copy_of_a_prepared_model_has_a_grid_of_its_own() -> None:
         (compile_flux(twin, False), second, (10, 8)),
     ]
     for run, inputs, grid in runs * 2:
-        with torch.no_grad():
-            actual = main_output(run(**inputs))
-        expected = flux_masked(plain, inputs, grid)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert_sparse(run, plain, inputs, grid)
 
 
 def test_packed_latents_in_attention_that_is_compiled_by_itself() -> None:
@@ -573,11 +574,7 @@ def test_packed_latents_in_attention_that_is_compiled_by_itself() -> None:
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.attn.compile(backend="gna", options={"inner": "aot_eager"})
     for grid in ((8, 10), (10, 8), (8, 10), (6, 12)):
-        inputs = flux_inputs(grid)
-        with torch.no_grad():
-            actual = main_output(model(**inputs))
-        expected = flux_masked(plain, inputs, grid)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert_sparse(model, plain, flux_inputs(grid), grid)
 
 
 def test_packed_latents_inside_a_larger_graph_are_checked(caplog: pytest.LogCaptureFixture) -> None:
@@ -895,7 +892,7 @@ def test_a_leading_axis_of_length_one_is_no_contradiction(prepared: bool) -> Non
 def test_new_ids_are_read_once_whether_they_fit_or_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from gna_compile import packed
+    from gna_compile import ids_checks as checking
 
     run = compiled(build("flux").model, policy())
     other = flux_inputs((10, 8))
@@ -908,7 +905,7 @@ def test_new_ids_are_read_once_whether_they_fit_or_not(
 
     with caplog.at_level(logging.WARNING, "gna_compile"):
         run(**flux_inputs((8, 10)))
-        monkeypatch.setattr(packed, "grid_from_ids", counting)
+        monkeypatch.setattr(checking, "grid_from_ids", counting)
         for _ in range(3):
             run(**other)
     assert reads == 1
