@@ -6,16 +6,19 @@
 Every `scaled_dot_product_attention` that runs inside is seen, however the model spells it, with the
 name of the module that it runs in. Attention written out as matmul and softmax is not: compare such
 a model with its fused twin (`models.build(..., written_out=False)`), which has the same weights.
+
+`layout_masks` makes the masks of a window from layouts that are known, as in `models.TRUE_LAYOUTS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import oracle
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ class Call:
         layer: qualified name of the innermost module, "" for the model itself.
         query, key: shapes, [..., tokens, head size].
         masked: whether a mask was added.
+        tensors: query, key and value while the mask is being chosen, then None.
     """
 
     index: int
@@ -38,6 +42,7 @@ class Call:
     query: torch.Size
     key: torch.Size
     masked: bool = False
+    tensors: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_self(self) -> bool:
@@ -91,6 +96,55 @@ def attention_calls(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
     return calls
 
 
+def parse_layout(layout: str) -> tuple[int, tuple[int, ...], int]:
+    """Tokens before the grid, the grid and tokens behind it, of a text like "14 + 5x6x8".
+
+    A number alone is a grid of one axis.
+    """
+    parts = layout.split(" + ")
+    index = next((i for i, part in enumerate(parts) if "x" in part), 0)
+    if "x" not in parts[index] and (len(parts) > 1 or not layout):
+        raise ValueError(f"no grid in {layout!r}")
+    before, after = (sum(map(int, others)) for others in (parts[:index], parts[index + 1 :]))
+    return before, tuple(map(int, parts[index].split("x"))), after
+
+
+def layout_mask(layout: str, window: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
+    """Bool [tokens, tokens]: the mask of a window on the grid of a layout."""
+    before, grid, after = parse_layout(layout)
+    return oracle.mask(grid, window, stride, prefix=before, suffix=after)
+
+
+def layout_masks(
+    layouts: Sequence[str],
+    window: Callable[[tuple[int, ...]], Sequence[int] | None],
+    stride: Callable[[tuple[int, ...]], Sequence[int]] | None = None,
+) -> Choice:
+    """A choice for `masked`: the same kind of window in every self-attention that has a grid.
+
+    Args:
+        layouts: of all self-attentions of one forward call in their order, "" for one without a
+            grid; a following call starts again at the first.
+        window: from a grid to its window, None for no mask.
+        stride: from a grid to its stride, by default 1.
+    """
+    ran = 0
+
+    def choose(call: Call) -> Tensor | None:
+        nonlocal ran
+        if not call.is_self:
+            return None
+        layout = layouts[ran % len(layouts)]
+        ran += 1
+        if not layout:
+            return None
+        _, grid, _ = parse_layout(layout)
+        size = window(grid)
+        return None if size is None else layout_mask(layout, size, stride(grid) if stride else None)
+
+    return choose
+
+
 @contextmanager
 def _names_of_running_modules(model: nn.Module) -> Iterator[list[str]]:
     """The qualified names of the modules whose forward is running, outermost first."""
@@ -138,7 +192,9 @@ class _MaskSdpa(TorchFunctionMode):
         layer = self.running[-1] if self.running else ""
         call = Call(len(self.calls), layer, query.shape, key.shape)
         self.calls.append(call)
+        call.tensors = query, key, value
         mask = self.choose(call)
+        call.tensors = None
         if mask is not None:
             wanted = (query.shape[-2], key.shape[-2])
             if tuple(mask.shape) != wanted:

@@ -2,45 +2,139 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from math import prod
+
 import pytest
 import torch
-from masked_model import Call, attention_calls, masked
-from models import HIDDEN_TEXT, MODELS, TEXT, build, inputs_for
+from masked_model import Call, attention_calls, layout_mask, layout_masks, masked, parse_layout
+from models import HIDDEN_TEXT, MODELS, TEXT, TRUE_LAYOUTS, build, inputs_for, main_output
 from torch import Tensor
 
-# Qwen's towers cut the batch into one attention per image (and per window) in Python.
+# Read in the models' code, as TRUE_LAYOUTS are. Qwen's towers cut the batch into one attention per
+# image (and per window) in Python.
 SELF_ATTENTIONS = {
     "flux": [94] * 4,
     "flux2": [94] * 4,
-    "hunyuan-video": [14] + [254] * 4,
-    "wan": [240] * 2,
-    "cosmos": [240] * 2,
-    "cogvideox": [254] * 2,
-    "ltx": [240] * 2,
+    "flux3": [14] * 2 + [80] * 2 + [94] * 2,
+    "flux3-reference": [14] * 2 + [80] * 2 + [30] * 2 + [124] * 2,
     "sd3": [94, 80, 94],
-    "mochi": [249] * 2,
-    "allegro": [240] * 2,
-    "allegro-masked": [240] * 2,
     "pixart": [80] * 2,
     "qwen-image": [94] * 2,
     "sd-unet": [80, 20, 80, 80],
+    "cogview3-plus": [94] * 2,
+    "cogview4": [94] * 2,
+    "glm-image": [94] * 2,
+    "aura-flow": [102] * 4,
+    "hunyuan-dit": [80] * 4,
+    "dit": [100] * 2,
+    "chroma": [94] * 4,
+    "chroma-masked": [94] * 4,
+    "longcat-image": [94] * 4,
+    "ovis-image": [94] * 4,
+    "bria": [94] * 4,
+    "bria-fibo": [94] * 4,
+    "hunyuan-video": [14] + [254] * 4,
+    "wan": [240] * 2,
+    "wan-i2v": [240] * 2,
+    "wan-vace": [240] * 3,
+    "wan-animate": [240] * 2,
+    "chrono-edit": [96] * 2,
+    "skyreels-v2": [240] * 2,
+    "skyreels-v2-causal": [192] * 2,
+    "cosmos": [240] * 2,
+    "cogvideox": [254] * 2,
+    "consis-id": [254] * 2,
+    "ltx": [240] * 2,
+    "ltx2": [240, 9] * 2,
+    "ltx2-coordinates": [240, 9] * 2,
+    "mochi": [249] * 2,
+    "allegro": [240] * 2,
+    "allegro-masked": [240] * 2,
+    "kandinsky5": [14, 240, 240],
+    "easy-animate": [254] * 2,
+    "latte": [48, 5] * 2,
+    "motif-video": [254, 254, 480],
     "vit": [81] * 2,
+    "deit": [82] * 2,
+    "ijepa": [80] * 2,
     "dinov2": [81] * 2,
+    "dinov2-registers": [85] * 2,
     "dinov3": [85] * 2,
     "clip": [81] * 2,
+    "owlv2": [81] * 2,
     "siglip": [80] * 2,
+    "yolos": [87] * 2,
+    "dpt": [101] * 2,
+    "depth-anything": [81] * 2,
+    "vitpose": [80] * 2,
+    "segformer": [80] * 2,
     "sam": [25, 100],
     "qwen2-vl": [48] * 4,
     "qwen2.5-vl": [16, 16, 8, 8] * 2 + [48] * 2,
+    "videomae": [240] * 2,
+    "vivit": [241] * 2,
+    "vjepa2": [144] * 2,
+    "vjepa2-predictor": [144, 144, 288],
+    "x-clip": [5, 50] * 2,
     "timm-vit": [81] * 2,
+    "timm-deit": [82] * 2,
     "timm-eva02": [81] * 2,
+    "timm-eva02-clip": [81] * 2,
+    "timm-rope": [81] * 2,
+    "timm-rope-mixed": [81] * 2,
+    "timm-naflex": [84] * 2,
+    "timm-naflex-patches": [84] * 2,
 }
 
-OTHER_GRIDS = {2: (6, 12), 3: (4, 8, 6)}
+OTHER_GRIDS = {2: (6, 12), 3: (4, 8, 10)}
 
 
 def test_every_model_has_its_row() -> None:
     assert SELF_ATTENTIONS.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layout_has_as_many_tokens_as_its_attention(name: str) -> None:
+    layouts, tokens = TRUE_LAYOUTS[name], SELF_ATTENTIONS[name]
+    assert len(layouts) == len(tokens)
+    for layout, count in zip(layouts, tokens, strict=True):
+        if layout:
+            before, grid, after = parse_layout(layout)
+            assert before + prod(grid) + after == count
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts"),
+    [
+        ("5", (0, (5,), 0)),
+        ("5x6x8", (0, (5, 6, 8), 0)),
+        ("8 + 14 + 8x10", (22, (8, 10), 0)),
+        ("1 + 6x8 + 1 + 3", (1, (6, 8), 4)),
+    ],
+)
+def test_layouts_are_read(layout: str, parts: tuple[int, tuple[int, ...], int]) -> None:
+    assert parse_layout(layout) == parts
+
+
+def test_a_text_without_a_grid_is_no_layout() -> None:
+    for text in ("", "1 + 5"):
+        with pytest.raises(ValueError, match="no grid"):
+            parse_layout(text)
+
+
+def test_the_mask_of_a_layout() -> None:
+    mask = layout_mask("2 + 3x4 + 1", (1, 2), (1, 2))
+    seen = torch.zeros(3, 4, 3, 4, dtype=torch.bool)
+    for row in range(3):
+        for column in range(4):
+            seen[row, column, row, column // 2 * 2 : column // 2 * 2 + 2] = True
+    assert mask[:2].all() and mask[-1].all() and mask[:, :2].all() and mask[:, -1].all()
+    assert torch.equal(mask[2:-1, 2:-1], seen.reshape(12, 12))
+
+
+def own_token(call: Call) -> Tensor | None:
+    return torch.eye(call.query[-2], dtype=torch.bool) if call.is_self else None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,11 +145,112 @@ def test_runs_and_depends_on_its_attention(name: str) -> None:
     tokens = [call.query[-2] for call in attention_calls(built.model, built.inputs) if call.is_self]
     assert tokens == SELF_ATTENTIONS[name]
 
-    def own_token(call: Call) -> Tensor | None:
-        return torch.eye(call.query[-2], dtype=torch.bool) if call.is_self else None
-
     with masked(built.model, own_token):
         assert (built.run() - output).abs().max() > 0.3 * output.std()
+
+    # A window of every true layout, so that it is one that `masked` takes, and that it matters.
+    with masked(built.model, layout_masks(TRUE_LAYOUTS[name], half)) as calls:
+        windows = built.run()
+    assert [call.masked for call in calls if call.is_self] == list(map(bool, TRUE_LAYOUTS[name]))
+    assert windows.isfinite().all()
+    if any(TRUE_LAYOUTS[name]):
+        assert (windows - output).abs().max() > 1e-3 * output.std()
+
+
+def half(grid: tuple[int, ...]) -> list[int]:
+    return [(length + 1) // 2 for length in grid]
+
+
+# Sites whose rows do not come from the model's main input, place by place.
+ELSEWHERE = {
+    "flux3-reference": {4, 5},  # the reference image's
+    "ltx2": {1, 3},  # sound
+    "ltx2-coordinates": {1, 3},
+    "x-clip": {0, 2},  # made of class tokens
+}
+OTHERS_FROM_THE_INPUT = {"motif-video": {2}}
+"""Sites whose tokens off the grid come from the main input, too."""
+BLURRED = {"sd-unet", "segformer"}
+"""Convolutions mix what neighbours hold."""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if any(TRUE_LAYOUTS[name]) and name not in BLURRED]
+)
+def test_tokens_lie_as_the_layout_says(name: str) -> None:
+    """Where in the input a query comes from, by its gradient while no token sees another one."""
+    built = build(name)
+    layouts = TRUE_LAYOUTS[name]
+    queries: list[Tensor] = []
+
+    def choose(call: Call) -> Tensor | None:
+        if call.is_self:
+            assert call.tensors is not None
+            queries.append(call.tensors[0])
+        return own_token(call)
+
+    main = next(iter(built.inputs))
+    image = built.inputs[main].clone().requires_grad_()
+    with masked(built.model, choose):
+        main_output(built.model(**{**built.inputs, main: image}))
+    assert len(queries) == len(layouts)
+
+    for site, (layout, query) in enumerate(zip(layouts, queries, strict=True)):
+        if not layout or site in ELSEWHERE.get(name, ()):
+            continue
+        before, grid, after = parse_layout(layout)
+        rows = query.reshape(-1, *query.shape[-3:])[0].transpose(0, 1).flatten(1)
+
+        def place(token: int, rows: Tensor = rows) -> tuple[int, ...] | None:
+            (gradient,) = torch.autograd.grad(
+                rows[token].square().sum(), image, retain_graph=True, allow_unused=True
+            )
+            if gradient is None or not gradient.any():
+                return None
+            return cell(gradient, built.grid)
+
+        origin = place(before)
+        assert origin is not None
+        last = place(before + prod(grid) - 1)
+        assert last is not None
+        # One step along an axis of the layout is a step along one axis of the input, in order.
+        axes = []
+        strides = [prod(grid[axis + 1 :]) for axis in range(len(grid))]
+        end = list(origin)
+        for length, stride in zip(grid, strides, strict=True):
+            there = place(before + stride)
+            assert there is not None
+            step = [b - a for a, b in zip(origin, there, strict=True)]
+            (axis,) = (i for i, by in enumerate(step) if by)
+            assert step[axis] > 0
+            axes.append(axis)
+            end[axis] += (length - 1) * step[axis]
+        assert axes == sorted(set(axes))
+        assert last == tuple(end)
+        if site not in OTHERS_FROM_THE_INPUT.get(name, ()):
+            assert not any(map(place, [*range(before), *range(len(rows) - after, len(rows))]))
+
+
+def cell(gradient: Tensor, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """The cell of the grid at which a gradient is largest, by the axes of the input that fit it."""
+    if gradient.shape[1] == prod(grid):  # packed latents
+        return _largest(gradient[0].abs().sum(-1).reshape(grid))
+    fitting = [
+        dims
+        for dims in combinations(range(gradient.ndim), len(grid))
+        if all(gradient.shape[dim] % length == 0 for dim, length in zip(dims, grid, strict=True))
+        and gradient.shape[dims[-1]] * grid[-2] == gradient.shape[dims[-2]] * grid[-1]
+    ]
+    dims = fitting[-1]
+    rest = tuple(dim for dim in range(gradient.ndim) if dim not in dims)
+    pooled = gradient.abs().sum(rest)
+    for axis, length in enumerate(grid):
+        pooled = pooled.unflatten(2 * axis, (length, -1))
+    return _largest(pooled.sum(tuple(range(1, pooled.ndim, 2))))
+
+
+def _largest(values: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(values.argmax(), values.shape))
 
 
 @pytest.mark.parametrize("name", MODELS)

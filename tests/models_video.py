@@ -1,0 +1,558 @@
+"""Recipes of diffusers' models of videos. `models` has the whole list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from models_base import (
+    HIDDEN_TEXT,
+    TEXT,
+    TEXT_WIDTH,
+    VIDEO,
+    Grid,
+    Inputs,
+    Recipe,
+    noise,
+    steps,
+    text_mask,
+)
+from torch import nn
+
+
+def _hunyuan_video(grid: Grid) -> nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=24,
+        rope_axes_dim=(4, 6, 6),
+    )
+
+
+def _hunyuan_video_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch, 4, frames, 2 * height, 2 * width),
+        "timestep": steps(batch),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "encoder_attention_mask": text_mask(batch),
+        "pooled_projections": noise(batch, 24),
+        "guidance": torch.full((batch,), 6000.0),
+        "return_dict": False,
+    }
+
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": TEXT_WIDTH,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "rope_max_seq_len": 64,
+}
+
+
+def _wan(grid: Grid) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**WAN)
+
+
+def _wan_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch, 4, frames, 2 * height, 2 * width),
+        "timestep": steps(batch),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "return_dict": False,
+    }
+
+
+def _cosmos(grid: Grid) -> nn.Module:
+    from diffusers import CosmosTransformer3DModel
+
+    return CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        text_embed_dim=TEXT_WIDTH,
+        adaln_lora_dim=16,
+        max_size=(32, 64, 64),
+        concat_padding_mask=False,  # resizing that mask is the one thing that needs torchvision
+    )
+
+
+def _cosmos_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch, 4, frames, 2 * height, 2 * width),
+        "timestep": steps(batch),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "fps": 24,
+        "return_dict": False,
+    }
+
+
+def _cogvideox(grid: Grid) -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=TEXT_WIDTH,
+        num_layers=2,
+        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True,
+    )
+
+
+def _cogvideox_inputs(grid: Grid, batch: int) -> Inputs:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    frames, height, width = grid
+    rotary = get_3d_rotary_pos_embed(16, ((0, 0), (height, width)), (height, width), frames)
+    return {
+        "hidden_states": noise(batch, frames, 4, 2 * height, 2 * width),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "timestep": steps(batch).long(),
+        "image_rotary_emb": rotary,
+        "return_dict": False,
+    }
+
+
+def _ltx(grid: Grid) -> nn.Module:
+    from diffusers import LTXVideoTransformer3DModel
+
+    return LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        cross_attention_dim=48,
+        num_layers=2,
+        caption_channels=TEXT_WIDTH,
+    )
+
+
+def _ltx_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch, frames * height * width, 8),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "timestep": steps(batch).long(),
+        "encoder_attention_mask": text_mask(batch),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "return_dict": False,
+    }
+
+
+def _mochi(grid: Grid) -> nn.Module:
+    from diffusers import MochiTransformer3DModel
+
+    return MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        pooled_projection_dim=24,
+        in_channels=4,
+        text_embed_dim=TEXT_WIDTH,
+        time_embed_dim=16,
+        max_sequence_length=TEXT,
+    )
+
+
+def _mochi_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch, 4, frames, 2 * height, 2 * width),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "timestep": steps(batch),
+        "encoder_attention_mask": text_mask(batch),
+        "return_dict": False,
+    }
+
+
+def _allegro(grid: Grid) -> nn.Module:
+    from diffusers import AllegroTransformer3DModel
+
+    return AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        cross_attention_dim=48,
+        sample_height=2 * grid[1],
+        sample_width=2 * grid[2],
+        sample_frames=grid[0],
+        caption_channels=TEXT_WIDTH,
+    )
+
+
+def _allegro_inputs(grid: Grid, batch: int) -> Inputs:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+    frames, height, width = grid
+    tables = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (height, width)), (height, width), frames)
+    positions = torch.cartesian_prod(*(axis.long() for axis in tables[3:]))
+    return {
+        "hidden_states": noise(batch, 4, frames, 2 * height, 2 * width),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "timestep": steps(batch).long(),
+        "encoder_attention_mask": text_mask(batch, torch.float32),
+        "image_rotary_emb": (tables[:3], positions.reshape(-1, 3).t().reshape(3, 1, -1).unbind()),
+        "return_dict": False,
+    }
+
+
+def _allegro_masked_inputs(grid: Grid, batch: int) -> Inputs:
+    """As above, with the mask of valid latents that the model also takes: here all of them."""
+    inputs = _allegro_inputs(grid, batch)
+    latents = inputs["hidden_states"]
+    return {**inputs, "attention_mask": torch.ones(batch, *latents.shape[2:])}
+
+
+IMAGE_TO_VIDEO = {**WAN, "in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 48}
+"""Its latents come with those of the first frame and a mask."""
+
+
+def _wan_i2v(grid: Grid) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**IMAGE_TO_VIDEO)
+
+
+def _image_to_video_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    return {
+        **_wan_inputs(grid, batch),
+        "hidden_states": noise(batch, 12, frames, 2 * height, 2 * width),
+        # The last 512 tokens are taken for text, whatever stands before them for the image.
+        "encoder_hidden_states": noise(batch, 512, TEXT_WIDTH),
+        "encoder_hidden_states_image": noise(batch, 7, 16),
+    }
+
+
+def _wan_vace(grid: Grid) -> nn.Module:
+    from diffusers import WanVACETransformer3DModel
+
+    return WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=12)
+
+
+def _wan_vace_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    control = noise(batch, 12, frames, 2 * height, 2 * width)
+    return {**_wan_inputs(grid, batch), "control_hidden_states": control}
+
+
+def _wan_animate(grid: Grid) -> nn.Module:
+    from diffusers import WanAnimateTransformer3DModel
+
+    return WanAnimateTransformer3DModel(
+        **{**IMAGE_TO_VIDEO, "latent_channels": 4},
+        motion_encoder_channel_sizes={"4": 8, "8": 8},
+        motion_encoder_size=8,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+
+
+def _wan_animate_inputs(grid: Grid, batch: int) -> Inputs:
+    """The first frame is that of the reference image, without a pose."""
+    frames, height, width = grid
+    return {
+        **_image_to_video_inputs(grid, batch),
+        "pose_hidden_states": noise(batch, 4, frames - 1, 2 * height, 2 * width),
+        "face_pixel_values": noise(batch, 3, 4 * frames - 7, 8, 8),
+    }
+
+
+def _chrono_edit(grid: Grid) -> nn.Module:
+    from diffusers import ChronoEditTransformer3DModel
+
+    return ChronoEditTransformer3DModel(**IMAGE_TO_VIDEO, rope_temporal_skip_len=8)
+
+
+def _skyreels_v2(grid: Grid) -> nn.Module:
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    return SkyReelsV2Transformer3DModel(**WAN)
+
+
+def _skyreels_v2_causal(grid: Grid) -> nn.Module:
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    return SkyReelsV2Transformer3DModel(**WAN, num_frame_per_block=2)
+
+
+def _skyreels_v2_causal_inputs(grid: Grid, batch: int) -> Inputs:
+    """Diffusion forcing: each frame has a time of its own and sees no later pair of frames."""
+    return {
+        **_wan_inputs(grid, batch),
+        "timestep": torch.linspace(700, 300, grid[0]).expand(batch, -1),
+        "enable_diffusion_forcing": True,
+    }
+
+
+def _ltx2(grid: Grid) -> nn.Module:
+    from diffusers import LTX2VideoTransformer3DModel
+
+    return LTX2VideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        cross_attention_dim=48,
+        audio_in_channels=6,
+        audio_out_channels=6,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=16,
+        audio_cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=TEXT_WIDTH,
+        rope_type="split",
+    )
+
+
+AUDIO = 9
+"""Tokens of the sound of a video."""
+
+
+def _ltx2_inputs(grid: Grid, batch: int) -> Inputs:
+    text = noise(batch, TEXT, TEXT_WIDTH)
+    return {
+        **_ltx_inputs(grid, batch),
+        "encoder_hidden_states": text,
+        "audio_hidden_states": noise(batch, AUDIO, 6),
+        "audio_encoder_hidden_states": text,
+        "audio_encoder_attention_mask": text_mask(batch),
+        "timestep": steps(batch),
+        "audio_num_frames": AUDIO,
+        "fps": 24.0,
+    }
+
+
+def _ltx2_coordinates_inputs(grid: Grid, batch: int) -> Inputs:
+    """As the pipeline calls it: with coordinates of the tokens that were made before."""
+    inputs = _ltx2_inputs(grid, batch)
+    model: Any = _ltx2(grid)
+    device = torch.device("cpu")
+    return {
+        **inputs,
+        "video_coords": model.rope.prepare_video_coords(batch, *grid, device, fps=24.0),
+        "audio_coords": model.audio_rope.prepare_audio_coords(batch, AUDIO, device),
+    }
+
+
+def _kandinsky5(grid: Grid) -> nn.Module:
+    from diffusers import Kandinsky5Transformer3DModel
+
+    return Kandinsky5Transformer3DModel(
+        in_text_dim=TEXT_WIDTH,
+        in_text_dim2=24,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+    )
+
+
+def _kandinsky5_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch, frames, 2 * height, 2 * width, 4),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "timestep": steps(batch),
+        "pooled_projections": noise(batch, 24),
+        "visual_rope_pos": [torch.arange(length) for length in grid],
+        "text_rope_pos": torch.arange(TEXT),
+        "return_dict": False,
+    }
+
+
+def _easy_animate(grid: Grid) -> nn.Module:
+    from diffusers import EasyAnimateTransformer3DModel
+
+    return EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=16,
+        text_embed_dim=TEXT_WIDTH,
+    )
+
+
+def _latte(grid: Grid) -> nn.Module:
+    from diffusers import LatteTransformer3DModel
+
+    return LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=32,
+        attention_bias=True,
+        sample_size=16,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=TEXT_WIDTH,
+        video_length=grid[0],
+    )
+
+
+def _motif_video(grid: Grid) -> nn.Module:
+    from diffusers import MotifVideoTransformer3DModel
+
+    return MotifVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=2,
+        num_decoder_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=TEXT_WIDTH,
+        rope_axes_dim=(4, 6, 6),
+        enable_text_cross_attention_dual=True,
+        enable_text_cross_attention_single=True,
+    )
+
+
+def _motif_video_inputs(grid: Grid, batch: int) -> Inputs:
+    return {**_wan_inputs(grid, batch), "encoder_attention_mask": text_mask(batch)}
+
+
+def _consis_id(grid: Grid) -> nn.Module:
+    from diffusers import ConsisIDTransformer3DModel
+
+    return ConsisIDTransformer3DModel(
+        num_attention_heads=3,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=TEXT_WIDTH,
+        num_layers=2,
+        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True,
+        is_train_face=True,
+        cross_attn_interval=1,
+        cross_attn_dim_head=16,
+        cross_attn_num_heads=2,
+        LFE_id_dim=12,
+        LFE_vit_dim=16,
+        LFE_depth=1,
+        LFE_dim_head=8,
+        LFE_num_heads=2,
+        LFE_num_id_token=2,
+        LFE_num_querie=4,
+        LFE_output_dim=32,
+        LFE_ff_mult=2,
+        LFE_num_scale=1,
+    )
+
+
+def _consis_id_inputs(grid: Grid, batch: int) -> Inputs:
+    return {
+        **_cogvideox_inputs(grid, batch),
+        "id_cond": noise(batch, 12),
+        "id_vit_hidden": [noise(batch, 6, 16)],
+    }
+
+
+ALL = "5x6x8"
+
+RECIPES: dict[str, Recipe] = {
+    # The first refines the text alone. Text comes last.
+    "hunyuan-video": Recipe(
+        "diffusers",
+        VIDEO,
+        _hunyuan_video,
+        _hunyuan_video_inputs,
+        ("", *(f"{ALL} + {TEXT}",) * 4),
+    ),
+    "wan": Recipe("diffusers", VIDEO, _wan, _wan_inputs, (ALL,) * 2),
+    "wan-i2v": Recipe("diffusers", VIDEO, _wan_i2v, _image_to_video_inputs, (ALL,) * 2),
+    # One for the control, in `vace_blocks`, before those of the video.
+    "wan-vace": Recipe("diffusers", VIDEO, _wan_vace, _wan_vace_inputs, (ALL,) * 3),
+    # After the first block each frame's tokens see that frame's face: cross-attention.
+    "wan-animate": Recipe("diffusers", VIDEO, _wan_animate, _wan_animate_inputs, (ALL,) * 2),
+    # Two frames, as it edits an image: their positions in time are the first and the eighth.
+    "chrono-edit": Recipe(
+        "diffusers", (2, 6, 8), _chrono_edit, _image_to_video_inputs, ("2x6x8",) * 2
+    ),
+    "skyreels-v2": Recipe("diffusers", VIDEO, _skyreels_v2, _wan_inputs, (ALL,) * 2),
+    "skyreels-v2-causal": Recipe(
+        "diffusers",
+        (4, 6, 8),
+        _skyreels_v2_causal,
+        _skyreels_v2_causal_inputs,
+        ("4x6x8",) * 2,
+    ),
+    "cosmos": Recipe("diffusers", VIDEO, _cosmos, _cosmos_inputs, (ALL,) * 2),
+    "cogvideox": Recipe(
+        "diffusers", VIDEO, _cogvideox, _cogvideox_inputs, (f"{TEXT} + {ALL}",) * 2
+    ),
+    # The face comes in through cross-attention that is written out.
+    "consis-id": Recipe(
+        "diffusers", VIDEO, _consis_id, _consis_id_inputs, (f"{TEXT} + {ALL}",) * 2
+    ),
+    "ltx": Recipe("diffusers", VIDEO, _ltx, _ltx_inputs, (ALL,) * 2),
+    # Video and sound by turns; a token of sound has one position, in time.
+    "ltx2": Recipe("diffusers", VIDEO, _ltx2, _ltx2_inputs, (ALL, str(AUDIO)) * 2),
+    "ltx2-coordinates": Recipe(
+        "diffusers", VIDEO, _ltx2, _ltx2_coordinates_inputs, (ALL, str(AUDIO)) * 2
+    ),
+    # Only the text that is not padding, behind the video.
+    "mochi": Recipe(
+        "diffusers", VIDEO, _mochi, _mochi_inputs, (f"{ALL} + {TEXT - HIDDEN_TEXT}",) * 2
+    ),
+    "allegro": Recipe("diffusers", VIDEO, _allegro, _allegro_inputs, (ALL,) * 2),
+    "allegro-masked": Recipe("diffusers", VIDEO, _allegro, _allegro_masked_inputs, (ALL,) * 2),
+    # The first is the text's.
+    "kandinsky5": Recipe("diffusers", VIDEO, _kandinsky5, _kandinsky5_inputs, ("", ALL, ALL)),
+    "easy-animate": Recipe(
+        "diffusers", VIDEO, _easy_animate, _wan_inputs, (f"{TEXT} + {ALL}",) * 2
+    ),
+    # Frame by frame, then place by place: the batch is all frames, then all places.
+    "latte": Recipe("diffusers", VIDEO, _latte, _wan_inputs, ("6x8", "5") * 2, any_grid=False),
+    # Text comes last, and in the decoder, instead of text, the video that the encoder made.
+    "motif-video": Recipe(
+        "diffusers",
+        VIDEO,
+        _motif_video,
+        _motif_video_inputs,
+        (f"{ALL} + {TEXT}",) * 2 + (f"{ALL} + 240",),
+    ),
+}
