@@ -8,6 +8,7 @@ attention computes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ MODELS: dict[str, Recipe] = {
     **models_video.RECIPES,
     **models_vision.RECIPES,
 }
+if sys.version_info < (3, 11):  # for which the last diffusers has no FLUX.3
+    del MODELS["flux3"], MODELS["flux3-reference"]
 
 TRUE_LAYOUTS = {name: recipe.layouts for name, recipe in MODELS.items()}
 """How the tokens of every self-attention of a model lie, in the order in which they run.
