@@ -2,8 +2,8 @@
 
 FLUX-like models flatten their latents before the transformer sees them. The grid is visible only
 in the values of the position ids, and Dynamo does not guard on values. So the grid is read from the
-ids when the graph is compiled, and again, once per new ids tensor, before the graph runs. The grid
-that a graph runs on is constant, or among its inputs (`packed_grid.py`).
+ids when the graph is compiled, and before the graph runs, again whenever their content has changed.
+The grid that a graph runs on is constant, or among its inputs (`packed_grid.py`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from gna_compile.graph.layouts import Layout, same_grid, times
-from gna_compile.graph.position_ids import grid_from_ids
+from gna_compile.graph.position_ids import SeenIds
 from gna_compile.graph.values import Size, entry_of
 from gna_compile.lower import Lowered
-from gna_compile.stamps import SeenTensor, show_grid
+from gna_compile.stamps import show_grid
 
 log = logging.getLogger("gna_compile")
 
@@ -71,6 +70,9 @@ def _found(size: Size, placeholders: Sequence[fx.Node]) -> int | Input:
 class CheckedAgainstIds:
     """Runs the rewritten graph while the ids show its grid, and the dense one when they do not.
 
+    What decides is the content of the ids at each call: one comparison with those that were read
+    last, which waits for the device that they are on.
+
     Args:
         rewritten: the lowered, rewritten graph.
         dense: the dense graph, lowered or to be lowered at the first mismatch.
@@ -88,24 +90,17 @@ class CheckedAgainstIds:
     ) -> None:
         self._rewritten, self._dense, self._checks = rewritten, dense, checks
         self._root = weakref.ref(root) if root is not None else lambda: None
-        self._seen: dict[int, tuple[SeenTensor, tuple[int, ...] | None]] = {}
+        self._seen = {check.index: SeenIds() for check in checks}
         self._warned: set[tuple[int, ...] | None] = set()
 
     def __call__(self, *inputs: Any) -> Any:
         for check in self._checks:
-            shown = self._shown(check.index, inputs[check.index])
+            shown = self._seen[check.index].grid(inputs[check.index])
             grid = tuple(s.of(inputs) if isinstance(s, Input) else s for s in check.grid)
             if shown is None or not same_grid(shown, grid):
                 self._report(shown, grid)
                 return self._dense(*inputs)
         return self._rewritten(*inputs)
-
-    def _shown(self, index: int, ids: torch.Tensor) -> tuple[int, ...] | None:
-        """The grid in the values of `ids`, read once for each new tensor."""
-        seen = self._seen.get(index)
-        if seen is None or not seen[0].is_same(ids):
-            seen = self._seen[index] = SeenTensor(ids), grid_from_ids(ids)
-        return seen[1]
 
     def _report(self, shown: tuple[int, ...] | None, grid: tuple[int, ...]) -> None:
         root = self._root()

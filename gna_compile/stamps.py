@@ -16,7 +16,6 @@ import hashlib
 import inspect
 import logging
 import re
-import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gna_compile.graph.position_ids import grid_from_ids
+from gna_compile.graph.position_ids import SeenIds
 from gna_compile.packed_grid import PackedGrid, mark
 from gna_compile.policy import DeclaredLayout, Policy, load_policy
 
@@ -182,12 +181,10 @@ def _follow_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
     ids = bound.arguments.get(_IDS)
     if not isinstance(ids, torch.Tensor):
+        module.__dict__[PACKED].show(None)
         return
-    seen, grid = module.__dict__.get(_SEEN) or (None, None)
-    if seen is None or not seen.is_same(ids):
-        grid = grid_from_ids(ids)
-        module.__dict__[_SEEN] = SeenTensor(ids), grid
-    module.__dict__[PACKED].show(grid)
+    seen = module.__dict__.setdefault(_SEEN, SeenIds())
+    module.__dict__[PACKED].show(seen.grid(ids))
 
 
 @torch.compiler.substitute_in_graph(_follow_ids, skip_signature_check=True)
@@ -203,29 +200,6 @@ def show_grid(model: nn.Module, grid: tuple[int, ...] | None) -> bool:
         # A graph that was made while this grid was shown, but for other ids, must go, too.
         packed.show(None if packed.grid == grid else grid)
     return bool(grids)
-
-
-class SeenTensor:
-    """Remembers one tensor by identity and version, without keeping it alive."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._version = _version(tensor)
-
-    def is_same(self, tensor: torch.Tensor) -> bool:
-        version = _version(tensor)
-        return version is not None and self._tensor() is tensor and self._version == version
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return (type(None), ())
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    # An inference tensor keeps no version, so its content has to be read each time.
-    return None if tensor.is_inference() else tensor._version
 
 
 def _stamps(

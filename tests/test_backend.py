@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 import gna_compile
 from gna_compile import backend, lower
 from gna_compile.backend import gna
-from gna_compile.graph.position_ids import grid_from_ids
+from gna_compile.graph import position_ids
+from gna_compile.graph.position_ids import runs_from_ids
 from gna_compile.options import OptionsError
 from gna_compile.stamps import stamp_of
 
@@ -892,8 +893,6 @@ def test_a_leading_axis_of_length_one_is_no_contradiction(prepared: bool) -> Non
 def test_new_ids_are_read_once_whether_they_fit_or_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from gna_compile import ids_checks as checking
-
     run = compiled(build("flux").model, policy())
     other = flux_inputs((10, 8))
     reads = 0
@@ -901,11 +900,11 @@ def test_new_ids_are_read_once_whether_they_fit_or_not(
     def counting(ids: Tensor) -> Any:
         nonlocal reads
         reads += 1
-        return grid_from_ids(ids)
+        return runs_from_ids(ids)
 
     with caplog.at_level(logging.WARNING, "gna_compile"):
         run(**flux_inputs((8, 10)))
-        monkeypatch.setattr(checking, "grid_from_ids", counting)
+        monkeypatch.setattr(position_ids, "runs_from_ids", counting)
         for _ in range(3):
             run(**other)
     assert reads == 1

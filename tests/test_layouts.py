@@ -323,20 +323,27 @@ def test_position_ids_show_a_grid_by_their_values() -> None:
 
 
 @given(
-    grid=st.lists(st.integers(2, 6), min_size=2, max_size=3),
+    grid=st.lists(st.integers(2, 6), min_size=2, max_size=2),
     start=st.integers(-3, 3),
     step=st.integers(1, 3),
     seed=st.integers(0, 2**16),
+    columns=st.sampled_from([3, 4]),
 )
-def test_only_a_raster_is_a_grid(grid: list[int], start: int, step: int, seed: int) -> None:
+def test_only_a_raster_is_a_grid(
+    grid: list[int], start: int, step: int, seed: int, columns: int
+) -> None:
     axes = torch.meshgrid(*(start + step * torch.arange(n) for n in grid), indexing="ij")
-    ids = torch.stack([axis.flatten() for axis in axes], dim=-1)
-    padded = torch.cat([torch.zeros(len(ids), 3 - len(grid), dtype=ids.dtype), ids], dim=-1)
-    assert grid_from_ids(padded) == tuple(grid)
-    shuffled = padded[torch.randperm(len(padded), generator=torch.Generator().manual_seed(seed))]
-    if not torch.equal(shuffled, padded):
+    ids = torch.full((grid[0] * grid[1], columns), 7)
+    ids[:, 1:3] = torch.stack([axis.flatten() for axis in axes], dim=-1)
+    assert grid_from_ids(ids) == tuple(grid)
+    shuffled = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+    if not torch.equal(shuffled, ids):
         assert grid_from_ids(shuffled) is None
-    assert grid_from_ids(padded[:-1]) is None
+    assert grid_from_ids(ids[:-1]) is None
+    for column in {0, columns - 1} - {2}:  # images, or places in a sequence, are no axis
+        more = ids.clone()
+        more[:, column] = torch.arange(len(ids)) // grid[1]
+        assert grid_from_ids(more) is None
 
 
 def test_ids_that_enumerate_show_nothing() -> None:
