@@ -1,4 +1,4 @@
-"""The op: `torch.ops.gna.attention.v1`, its backward, and how PyTorch sees both.
+"""The op: `torch.ops.gna.attention.v1`, its derivatives, and how PyTorch sees them.
 
 Defined with `torch.library.Library.define`, which costs about half of `custom_op` per call. The
 overload name is the version of the schema *and* of the autograd formula: compiled graphs are cached
@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from gna_compile import flops, providers
 from gna_compile.geometry import Neighborhood
 from gna_compile.providers import Declined, Problem, Provider
+from gna_compile.providers.tangents import write_tangents
 
 _GEOMETRY = (
     "SymInt[] grid, SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "
@@ -33,15 +36,22 @@ BACKWARD_SCHEMA = (
     f"Tensor value, Tensor output, Tensor logsumexp, {_GEOMETRY}, "
     'str provider="") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)'
 )
+TANGENT_SCHEMA = (
+    "attention_tangent.v1(Tensor tangent_query, Tensor tangent_key, Tensor tangent_value, "
+    f"Tensor query, Tensor key, Tensor value, Tensor logsumexp, {_GEOMETRY}, int[] output_order) "
+    "-> (Tensor tangent_output, Tensor tangent_logsumexp)"
+)
 
 _library = torch.library.Library("gna", "DEF")
-for _schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA):
+for _schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA, TANGENT_SCHEMA):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _FORWARD = torch.ops.gna.attention.v1
 _BACKWARD = torch.ops.gna.attention_backward.v1
+_TANGENT = torch.ops.gna.attention_tangent.v1
 _FORWARD_NAME = "gna::attention.v1"
 _BACKWARD_NAME = "gna::attention_backward.v1"
+_TANGENT_NAME = "gna::attention_tangent.v1"
 
 
 def neighborhood_attention(
@@ -93,14 +103,16 @@ def neighborhood_attention(
     Returns:
         output, shaped and typed like query, in the memory order of heads and tokens that query
         has; with `return_logsumexp` the pair (output, logsumexp), logsumexp natural, fp32 (fp64
-        for fp64), [B, H, N]. Both are differentiable, once.
+        for fp64), [B, H, N]. Both are differentiable, once, in reverse and in forward mode.
 
     Raises:
+        TypeError: query, key, value or key_mask is not a tensor.
         ValueError: an argument breaks one of these rules; the message names it and its value.
         RuntimeError: no provider, or not the named one, can run this; with each one's reason.
     """
-    if query.ndim != 4:
-        raise ValueError(f"query has shape {tuple(query.shape)}; it must be [B, H, N, D]")
+    _check_layouts(query, key, value, key_mask)
+    _check_rank("query", query)
+    _check_head_dim(query)
     rank = len(grid)
     # A transposed [B, N, H, D] stays one, so that a model's transpose back costs nothing.
     order = [0, 2, 1, 3] if query.stride(1) < query.stride(2) else [0, 1, 2, 3]
@@ -202,6 +214,46 @@ def _backward(
     return grads
 
 
+def _tangent(
+    tangent_query: Tensor,
+    tangent_key: Tensor,
+    tangent_value: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    grid: list[int],
+    window: list[int],
+    stride: list[int],
+    dilation: list[int],
+    causal: list[bool],
+    prefix: int,
+    suffix: int,
+    key_mask: Tensor | None,
+    scale: float,
+    output_order: list[int],
+) -> tuple[Tensor, Tensor]:
+    operands, tangents = (query, key, value), (tangent_query, tangent_key, tangent_value)
+    geometry = (grid, window, stride, dilation, causal, prefix, suffix)
+    # Derivatives of this kind are rare: the provider that runs everywhere is enough.
+    problem, _ = _resolve(query, key, value, geometry, key_mask, "portable")
+    _check_tangents(operands, tangents, logsumexp)
+    tangent_output, tangent_logsumexp = _empty_outputs(query, output_order)
+    if tangent_output.numel():
+        with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
+            write_tangents(
+                problem,
+                tangents,
+                operands,
+                logsumexp,
+                key_mask,
+                scale,
+                tangent_output,
+                tangent_logsumexp,
+            )
+    return tangent_output, tangent_logsumexp
+
+
 def _without_autocast() -> Any:
     return torch._C._ExcludeDispatchKeyGuard(_ALL_AUTOCAST)
 
@@ -220,6 +272,7 @@ def _resolve(
 ) -> tuple[Problem, Provider]:
     """The problem and who runs it; checked once, then remembered for these shapes and strides."""
     grid, window, stride, dilation, causal, prefix, suffix = geometry
+    _check_layouts(query, key, value, key_mask)
     facts = (
         *_facts(query),
         *_facts(key),
@@ -293,16 +346,53 @@ def _neighborhood(geometry: tuple[Any, ...], tokens: int) -> Neighborhood:
     return neighborhood
 
 
+_OPERANDS = ("query", "key", "value")
+
+
+def _check_layout(name: str, tensor: Any) -> None:
+    """Raises unless this is a tensor that finds its elements in memory by strides."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+    if tensor.is_nested:
+        raise ValueError(
+            f"{name} is a nested tensor; it must have one size for each dimension: call once for "
+            "each of its tensors"
+        )
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"{name} has the layout {tensor.layout}; it must be torch.strided: use "
+            f"{name}.to_dense()"
+        )
+
+
+def _check_layouts(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
+    """What must hold of all tensors before anything is read off them."""
+    for name, tensor in zip(_OPERANDS, (query, key, value), strict=True):
+        _check_layout(name, tensor)
+    if key_mask is not None:
+        _check_layout("key_mask", key_mask)
+
+
+def _check_rank(name: str, tensor: Tensor) -> None:
+    if tensor.ndim != 4:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must be [batch, heads, tokens, head_dim]"
+        )
+
+
+def _check_head_dim(query: Tensor) -> None:
+    head_dim = query.shape[3]
+    if isinstance(head_dim, int) and head_dim == 0:
+        raise ValueError("head_dim is 0; it must be at least 1")
+
+
 def _check_tensors(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, prefix: Any, suffix: Any
 ) -> None:
     """Raises ValueError; compares plain ints only, so that no symbol gets a guard."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; it must be [batch, heads, tokens, "
-                "head_dim]"
-            )
+    _check_layouts(query, key, value, key_mask)
+    for name, tensor in zip(_OPERANDS, (query, key, value), strict=True):
+        _check_rank(name, tensor)
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(
                 f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on "
@@ -319,8 +409,7 @@ def _check_tensors(
                 f"{name} has shape {tuple(tensor.shape)} for a query of {tuple(query.shape)}; it "
                 f"must be {wanted}"
             )
-    if isinstance(head_dim, int) and head_dim == 0:
-        raise ValueError("head_dim is 0; it must be at least 1")
+    _check_head_dim(query)
     known_heads = isinstance(heads, int) and isinstance(kv_heads, int)
     if known_heads and (heads % kv_heads if kv_heads else heads):
         raise ValueError(f"query has {heads} heads and key {kv_heads}; key's must divide query's")
@@ -354,12 +443,34 @@ def _check_results(
     ]
     if grad_logsumexp is not None:
         expected.append(("grad_logsumexp", grad_logsumexp, query.shape[:3], accurate))
+    _check_like(expected, query.device)
+
+
+def _check_tangents(
+    operands: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor, Tensor, Tensor],
+    logsumexp: Tensor,
+) -> None:
+    """Raises ValueError unless the tangents and logsumexp fit the operands."""
+    query = operands[0]
+    expected = [
+        (f"tangent_{name}", tangent, operand.shape, operand.dtype)
+        for name, tangent, operand in zip(_OPERANDS, tangents, operands, strict=True)
+    ]
+    expected.append(("logsumexp", logsumexp, query.shape[:3], _logsumexp_dtype(query)))
+    _check_like(expected, query.device)
+
+
+def _check_like(
+    expected: Sequence[tuple[str, Tensor, Sequence[Any], torch.dtype]], device: torch.device
+) -> None:
     for name, tensor, shape, dtype in expected:
+        _check_layout(name, tensor)
         fits = tensor.ndim == len(shape) and not any(map(_differ, tensor.shape, shape))
-        if not fits or tensor.dtype != dtype or tensor.device != query.device:
+        if not fits or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be "
-                f"{dtype} {tuple(shape)} on {query.device}"
+                f"{dtype} {tuple(shape)} on {device}"
             )
 
 
@@ -433,6 +544,30 @@ def _backward_fake(  # type: ignore[no-untyped-def]
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+def _tangent_fake(  # type: ignore[no-untyped-def]
+    tangent_query,
+    tangent_key,
+    tangent_value,
+    query,
+    key,
+    value,
+    logsumexp,
+    grid,
+    window,
+    stride,
+    dilation,
+    causal,
+    prefix,
+    suffix,
+    key_mask,
+    scale,
+    output_order,
+):
+    _check_tensors(query, key, value, key_mask, prefix, suffix)
+    _check_tangents((query, key, value), (tangent_query, tangent_key, tangent_value), logsumexp)
+    return _empty_outputs(query, output_order)
+
+
 def _check_geometry_if_known(query: Tensor, geometry: tuple[Any, ...]) -> None:
     grid, window, stride, dilation, _, prefix, suffix = geometry
     sizes = [query.shape[2], *grid, *window, *stride, *dilation, prefix, suffix]
@@ -473,10 +608,91 @@ def _gradient(ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | Non
     return (*needed, *nothing)
 
 
-def _second_gradient(ctx: Any, *grads: Tensor) -> Any:
-    raise NotImplementedError(
-        "gna::attention can be differentiated once; for second derivatives use the dense attention"
+def _forward_gradient(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+    query, key, value, logsumexp, key_mask = ctx.saved_tensors
+    geometry, scale, _ = ctx.rest
+    moving = [
+        torch.zeros_like(operand) if tangent is None else tangent
+        for operand, tangent in zip((query, key, value), tangents[:3], strict=True)
+    ]
+    pair: tuple[Tensor, Tensor] = _TANGENT(
+        *moving, query, key, value, logsumexp, *geometry, key_mask, scale, ctx.output_order
     )
+    return pair
+
+
+def _second_gradient(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        "gna::attention can be differentiated once; for second derivatives, in forward or in "
+        "reverse mode, use the dense attention"
+    )
+
+
+class _Attention(torch.autograd.function._SingleLevelFunction):
+    """How autograd sees the op. The last argument is the dispatch keys that called it."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, keyset = args
+        output, logsumexp = _below_autograd(_FORWARD, keyset, inputs)
+        _setup_context(ctx, tuple(inputs), (output, logsumexp))
+        query, key, value, *_, key_mask, _, output_order, _ = inputs
+        ctx.save_for_forward(query, key, value, logsumexp, key_mask)
+        ctx.output_order = output_order
+        return output, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (*_gradient(ctx, *grads), None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        return _forward_gradient(ctx, *tangents)
+
+
+class _Derivative(torch.autograd.function._SingleLevelFunction):
+    """How autograd sees the op's derivatives: as not differentiable. First argument: which."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *args: Any) -> tuple[Tensor, ...]:
+        *inputs, keyset = args
+        return _below_autograd(op, keyset, inputs)
+
+    backward = staticmethod(_second_gradient)
+    jvp = staticmethod(_second_gradient)
+
+
+def _below_autograd(op: Any, keyset: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Calls what lies below autograd: the real implementation, or the next functorch transform."""
+    below = keyset & torch._C._after_autograd_keyset
+    with torch._C._AutoDispatchBelowAutograd():
+        if not torch._C._are_functorch_transforms_active():
+            return tuple(op.redispatch(below, *args))
+        # An autograd function switches derivatives off, which would end the transforms around it.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return tuple(op.redispatch(below, *args))
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    """Calls an autograd function from within a kernel, where one transform is at work at most."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def _attention_autograd(keyset: Any, *args: Any) -> Any:
+    # Also where no gradient is wanted: whether an operand has a tangent is not told from here.
+    # The dispatcher leaves out an argument that has its default.
+    defaults = ("",) if len(args) < len(_FORWARD._schema.arguments) else ()
+    return _apply(_Attention, *args, *defaults, keyset)
+
+
+def _derivative_autograd(op: Any) -> Callable[..., Any]:
+    def kernel(keyset: Any, *args: Any) -> Any:
+        return _apply(_Derivative, op, *args, keyset)
+
+    return kernel
 
 
 def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -524,14 +740,16 @@ def _vmap_rule(op: Any) -> Callable[..., Any]:
 
 _library.impl(_FORWARD_NAME, _forward, "CompositeExplicitAutograd")
 _library.impl(_BACKWARD_NAME, _backward, "CompositeExplicitAutograd")
+_library.impl(_TANGENT_NAME, _tangent, "CompositeExplicitAutograd")
 torch.library.register_fake(_FORWARD_NAME, _forward_fake, lib=_library)
 torch.library.register_fake(_BACKWARD_NAME, _backward_fake, lib=_library)
-torch.library.register_autograd(
-    _FORWARD_NAME, _gradient, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(_BACKWARD_NAME, _second_gradient, lib=_library)
+torch.library.register_fake(_TANGENT_NAME, _tangent_fake, lib=_library)
+_library.impl(_FORWARD_NAME, _attention_autograd, "Autograd", with_keyset=True)
+for _name, _op in ((_BACKWARD_NAME, _BACKWARD), (_TANGENT_NAME, _TANGENT)):
+    _library.impl(_name, _derivative_autograd(_op), "Autograd", with_keyset=True)
 torch.library.register_vmap(_FORWARD_NAME, _vmap_rule(_FORWARD), lib=_library)
 torch.library.register_vmap(_BACKWARD_NAME, _vmap_rule(_BACKWARD), lib=_library)
+torch.library.register_vmap(_TANGENT_NAME, _vmap_rule(_TANGENT), lib=_library)
 _library.impl(_FORWARD_NAME, _autocast("cpu"), "AutocastCPU")
 _library.impl(_FORWARD_NAME, _autocast("cuda"), "AutocastCUDA")
 flops.register()

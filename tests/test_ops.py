@@ -6,12 +6,14 @@ import hashlib
 import inspect
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import flop_counter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +27,7 @@ from gna_compile.providers import Forecast, Problem
 
 SDPA: Any = torch.nn.functional.scaled_dot_product_attention
 FORWARD, BACKWARD = torch.ops.gna.attention.v1, torch.ops.gna.attention_backward.v1
+TANGENT = torch.ops.gna.attention_tangent.v1
 
 PLAIN: dict[str, Any] = {
     "grid": (4, 3),
@@ -98,6 +101,7 @@ def test_the_version_stands_for_schema_and_autograd_formula() -> None:
 def test_schema() -> None:
     assert str(FORWARD._schema) == f"gna::{ops.FORWARD_SCHEMA}"
     assert str(BACKWARD._schema) == f"gna::{ops.BACKWARD_SCHEMA}"
+    assert str(TANGENT._schema) == f"gna::{ops.TANGENT_SCHEMA}"
     assert not FORWARD._schema.is_mutable
     assert torch.Tag.pt2_compliant_tag in FORWARD.tags
 
@@ -191,6 +195,227 @@ def test_second_derivative_is_refused_clearly() -> None:
     grads = torch.autograd.grad(attend(*inputs, **PLAIN).square().sum(), inputs, create_graph=True)
     with pytest.raises(NotImplementedError, match="can be differentiated once"):
         grads[0].sum().backward()
+
+
+# Forward mode and function transforms -------------------------------------------------------------
+
+Pair = tuple[Tensor, Tensor]
+MASK = torch.tensor([[True, False, True], [False, True, True]])
+
+
+def doubles(*shape: int) -> tuple[Tensor, ...]:
+    """Three tensors in fp64, of 4 query heads and 2 key heads."""
+    return tuple(torch.randn(*shape, 2, heads, 12, 8, dtype=torch.float64) for heads in (4, 2, 2))
+
+
+def both(geometry: dict[str, Any]) -> tuple[Callable[..., Pair], Callable[..., Pair]]:
+    """The op and the oracle on one problem, as functions of query, key and value."""
+    prefix = geometry.get("prefix", 0)
+    key_mask = MASK if prefix else None
+    visible = oracle.mask(**geometry)
+
+    def op(*inputs: Tensor) -> Any:
+        return neighborhood_attention(*inputs, **geometry, key_mask=key_mask, return_logsumexp=True)
+
+    def brute_force(*inputs: Tensor) -> Pair:
+        return oracle.attention(*inputs, visible=visible, key_mask=key_mask, prefix=prefix)
+
+    return op, brute_force
+
+
+def loss_of(function: Callable[..., Pair]) -> Callable[..., Tensor]:
+    def loss(*inputs: Tensor) -> Tensor:
+        output, lse = function(*inputs)
+        return output.square().sum() + lse.sin().sum()
+
+    return loss
+
+
+def jvp(function: Callable[..., Any], inputs: Any, tangents: Any) -> Any:
+    """The outputs and their tangents."""
+    return torch.func.jvp(function, tuple(inputs), tuple(tangents))
+
+
+def dual_tangents(function: Callable[..., Pair], inputs: Any, tangents: Any) -> Any:
+    with forward_ad.dual_level():
+        outputs = function(*map(forward_ad.make_dual, inputs, tangents))
+        return tuple(forward_ad.unpack_dual(output).tangent for output in outputs)
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, TEXT])
+def test_tangents(geometry: dict[str, Any]) -> None:
+    op, brute_force = both(geometry)
+    inputs, tangents = doubles(), doubles()
+    expected = jvp(brute_force, inputs, tangents)
+    torch.testing.assert_close(jvp(op, inputs, tangents), expected)
+    torch.testing.assert_close(torch.func.linearize(op, *inputs)[1](*tangents), expected[1])
+    for needs in (False, True):
+        leaves = [x.clone().requires_grad_(needs) for x in inputs]
+        torch.testing.assert_close(dual_tangents(op, leaves, tangents), expected[1])
+
+
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 2)])
+def test_tangents_of_some_operands(moving: tuple[int, ...]) -> None:
+    op, brute_force = both(TEXT)
+    inputs, tangents = doubles(), doubles()
+
+    def some(function: Callable[..., Pair]) -> Any:
+        def run(*changed: Tensor) -> Pair:
+            new = dict(zip(moving, changed, strict=True))
+            return function(*(new.get(i, x) for i, x in enumerate(inputs)))
+
+        return jvp(run, tuple(inputs[i] for i in moving), tuple(tangents[i] for i in moving))
+
+    torch.testing.assert_close(some(op), some(brute_force))
+
+
+@pytest.mark.parametrize("kind", ["BHSD", "BSHD", "expanded", "strided D"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tangents_in_other_types_and_layouts(kind: str, dtype: torch.dtype) -> None:
+    op, brute_force = both(PLAIN)
+    inputs, tangents = ([x.to(dtype) for x in tensors(kind)] for _ in range(2))
+    _, expected = jvp(
+        brute_force, tuple(x.double() for x in inputs), tuple(x.double() for x in tangents)
+    )
+    (output, lse), actual = jvp(op, inputs, tangents)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    for tensor, tangent, right in zip((output, lse), actual, expected, strict=True):
+        assert (tangent.dtype, tangent.stride()) == (tensor.dtype, tensor.stride())
+        torch.testing.assert_close(tangent.double(), right, rtol=tolerance, atol=tolerance)
+
+
+def test_hidden_values_do_not_reach_tangents() -> None:
+    geometry: dict[str, Any] = {"grid": (8,), "window": (2,), "stride": (2,)}
+    op, _ = both(geometry)
+    inputs, tangents = (tuple(torch.randn(1, 1, 8, 8) for _ in range(3)) for _ in range(2))
+    _, clean = jvp(op, inputs, tangents)
+    for x in (*inputs[1:], *tangents[1:]):
+        x[:, :, :2] = torch.nan
+    _, dirty = jvp(op, inputs, tangents)
+    for one, other in zip(clean, dirty, strict=True):
+        assert torch.equal(one[:, :, 2:], other[:, :, 2:])
+        assert other[:, :, :2].isnan().all()
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, TEXT])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
+def test_gradient_transforms(transform: Any, geometry: dict[str, Any]) -> None:
+    op, brute_force = both(geometry)
+    inputs = doubles()
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(loss_of(brute_force)(*leaves), leaves)
+    actual = transform(loss_of(op), argnums=(0, 1, 2))(*inputs)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_vjp_and_jacobians() -> None:
+    op, brute_force = both(PLAIN)
+    inputs = doubles()
+    upstream = (inputs[0], inputs[0].sum(-1))
+    torch.testing.assert_close(
+        torch.func.vjp(op, *inputs)[1](upstream), torch.func.vjp(brute_force, *inputs)[1](upstream)
+    )
+    torch.testing.assert_close(torch.func.jacfwd(op)(*inputs), torch.func.jacrev(op)(*inputs))
+
+
+@pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, 0), (None, 1, 2)])
+def test_transforms_under_vmap_and_around_it(dims: tuple[int | None, ...]) -> None:
+    op, brute_force = both(TEXT)
+
+    def placed(tensors: Any) -> Any:
+        return tuple(
+            x[0] if dim is None else x.movedim(0, dim) for x, dim in zip(tensors, dims, strict=True)
+        )
+
+    inputs, tangents = placed(doubles(3)), placed(doubles(3))
+
+    def one(tensors: Any, index: int) -> Any:
+        return tuple(
+            x if dim is None else x.select(dim, index) for x, dim in zip(tensors, dims, strict=True)
+        )
+
+    def stacked(function: Any) -> Any:
+        results = [function(one(inputs, i), one(tangents, i)) for i in range(3)]
+        return tuple(map(torch.stack, zip(*results, strict=True)))
+
+    every = (0, 1, 2)
+    expected = stacked(lambda x, _: torch.func.grad(loss_of(brute_force), every)(*x))
+    actual = torch.vmap(torch.func.grad(loss_of(op), every), in_dims=dims)(*inputs)
+    torch.testing.assert_close(actual, expected)
+    expected = stacked(lambda x, t: jvp(brute_force, x, t)[1])
+    actual = torch.vmap(lambda *x: jvp(op, x[:3], x[3:])[1], in_dims=dims * 2)(*inputs, *tangents)
+    torch.testing.assert_close(actual, expected)
+    around = jvp(torch.vmap(op, in_dims=dims), inputs, tangents)[1]
+    torch.testing.assert_close(around, expected)
+
+
+def second_derivatives() -> dict[str, Callable[[], Any]]:
+    op, _ = both(PLAIN)
+    loss, inputs, tangents = loss_of(op), doubles(), doubles()
+    gradient = torch.func.grad(loss)
+
+    def reverse_over_dual() -> Any:
+        leaf = inputs[0].clone().requires_grad_()
+        return torch.autograd.grad(dual_tangents(op, (leaf, *inputs[1:]), tangents)[0].sum(), leaf)
+
+    def dual_over_reverse(*duals: Tensor) -> Any:
+        leaf = duals[0]
+        return (torch.autograd.grad(loss(leaf, *duals[1:]), leaf)[0],)
+
+    return {
+        "hessian": lambda: torch.func.hessian(loss)(*inputs),
+        "jacrev of jacfwd": lambda: torch.func.jacrev(torch.func.jacfwd(loss))(*inputs),
+        "jacfwd of jacfwd": lambda: torch.func.jacfwd(torch.func.jacfwd(loss))(*inputs),
+        "grad of grad": lambda: torch.func.grad(lambda *x: gradient(*x).sum())(*inputs),
+        "jvp of grad": lambda: jvp(gradient, inputs, tangents),
+        "grad of jvp": lambda: torch.func.grad(lambda *x: jvp(loss, x, tangents)[1])(*inputs),
+        "reverse over dual": reverse_over_dual,
+        "dual over reverse": lambda: dual_tangents(
+            dual_over_reverse, [x.clone().requires_grad_() for x in inputs], tangents
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", second_derivatives())
+def test_second_derivatives_are_refused_in_every_mode(case: str) -> None:
+    with pytest.raises(NotImplementedError, match="gna::attention can be differentiated once"):
+        second_derivatives()[case]()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_transforms_within_a_compiled_function(backend: str) -> None:
+    op, brute_force = both(TEXT)
+    inputs, tangents = doubles(), doubles()
+
+    def derivatives(inputs: Any, tangents: Any) -> Any:
+        return jvp(op, inputs, tangents)[1], torch.func.grad(loss_of(op))(*inputs)
+
+    torch._dynamo.reset()
+    tangent, gradient = torch.compile(derivatives, backend=backend, fullgraph=True)(
+        inputs, tangents
+    )
+    torch.testing.assert_close(tangent, jvp(brute_force, inputs, tangents)[1])
+    torch.testing.assert_close(gradient, torch.func.grad(loss_of(brute_force))(*inputs))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tangents_through_a_compiled_function(backend: str, dynamic: bool) -> None:
+    op, brute_force = both(TEXT)
+    inputs, tangents = doubles(), doubles()
+    torch._dynamo.reset()
+    compiled = torch.compile(op, backend=backend, dynamic=dynamic, fullgraph=True)
+    compiled(*inputs)
+    _, expected = jvp(brute_force, inputs, tangents)
+    torch.testing.assert_close(dual_tangents(compiled, inputs, tangents), expected)
+
+
+def test_opcheck_tangent() -> None:
+    inputs, tangents = tensors("BSHD"), tensors("BHSD")
+    _, lse = FORWARD(*inputs, *arguments(TEXT, MASK), [0, 1, 2, 3])
+    torch.library.opcheck(TANGENT, (*tangents, *inputs, lse, *arguments(TEXT, MASK), [0, 2, 1, 3]))
+    with pytest.raises(ValueError, match=r"tangent_key is .*; it must be torch.float32"):
+        TANGENT(tangents[0], *tangents[:2], *inputs, lse, *arguments(TEXT), [0, 2, 1, 3])
 
 
 def test_checkpoint() -> None:
@@ -410,7 +635,11 @@ def broken(**changes: Any) -> dict[str, Any]:
 
 
 ERRORS = [
-    (broken(query=torch.randn(4, 12, 8)), ValueError, "query has shape (4, 12, 8); it must be [B,"),
+    (
+        broken(query=torch.randn(4, 12, 8)),
+        ValueError,
+        "query has shape (4, 12, 8); it must be [batch,",
+    ),
     (broken(key=torch.randn(2, 12, 8)), ValueError, "key has shape (2, 12, 8); it must be [batch,"),
     (
         broken(key=torch.randn(2, 2, 12, 8).half()),
@@ -457,6 +686,13 @@ ERRORS = [
         "head_dim is 0; it must be at least 1",
     ),
     (
+        broken(**{name: torch.randn(2, 2, 12, 0) for name in ("query", "key", "value")}),
+        ValueError,
+        "head_dim is 0; it must be at least 1",
+    ),
+    (broken(query=None), TypeError, "query is a NoneType; it must be a tensor"),
+    (broken(key_mask=[True]), TypeError, "key_mask is a list; it must be a tensor"),
+    (
         broken(grid=(3, 3)),
         ValueError,
         "query has 12 tokens, but prefix 0 + grid (3, 3) + suffix 0 makes 9",
@@ -487,6 +723,35 @@ def test_errors(call: dict[str, Any], kind: type[Exception], message: str) -> No
     for _ in range(2):
         with pytest.raises(kind, match=re.escape(message)):
             neighborhood_attention(*inputs, **call)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "sparse": (Tensor.to_sparse, "has the layout torch.sparse_coo; it must be torch.strided"),
+    "blocks": (
+        lambda x: x.to_sparse_bsr((4, 4)),
+        "has the layout torch.sparse_bsr; it must be torch.strided",
+    ),
+    "mkldnn": (Tensor.to_mkldnn, "has the layout torch._mkldnn; it must be torch.strided"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "is a nested tensor; it must have"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        "is a nested tensor; it must have",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "key_mask"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_without_strides(layout: str, name: str) -> None:
+    convert, message = LAYOUTS[layout]
+    call: dict[str, Any] = broken()
+    call[name] = convert(torch.randn(2, 4, 12, 8))
+    with pytest.raises(ValueError, match=re.escape(f"{name} {message}")):
+        neighborhood_attention(**call)
+    if layout in ("sparse", "blocks", "mkldnn"):
+        inputs = [call[x] for x in ("query", "key", "value")]
+        with pytest.raises(ValueError, match=re.escape(f"{name} {message}")):
+            FORWARD(*inputs, *arguments(PLAIN, call.get("key_mask")), [0, 1, 2, 3])
 
 
 def test_errors_of_the_op_itself() -> None:
