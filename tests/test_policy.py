@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 from fractions import Fraction
@@ -251,6 +253,82 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
     assert "cannot be read" in errors(tmp_path)[0]
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     assert "not UTF-8" in errors(tmp_path / "latin.yaml")[0]
+
+
+def policy_of(size: int, character: str) -> bytes:
+    """A valid policy of that many bytes, filled up with a comment of one character."""
+    head, tail = b"version: 1\nrules: [{dense: true}]\n# ", b"\n"
+    filling = character.encode()
+    count, rest = divmod(size - len(head) - len(tail), len(filling))
+    return head + filling * count + b"a" * rest + tail
+
+
+@pytest.mark.parametrize("character", ["a", "é", "窓", "🪟"])
+def test_the_size_limit_counts_bytes(tmp_path: Path, character: str) -> None:
+    path = tmp_path / "large.yaml"
+    path.write_bytes(policy_of(256 * 1024, character))
+    assert load_policy(path).rules
+    path.write_bytes(policy_of(256 * 1024 + 1, character))
+    clear_cache()
+    assert errors(path) == [f"{path}:1: is larger than 262144 bytes; a policy is a short file"]
+    with pytest.raises(PolicyError, match="is larger than 262144 bytes"):
+        policy_text(path)
+
+
+def test_a_file_over_the_limit_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.yaml"
+    path.touch()
+    os.truncate(path, 1 << 40)  # a hole: a terabyte to read, nothing on the disk
+    assert "is larger than" in errors(path)[0]
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    fifo, link, address = tmp_path / "fifo.yaml", tmp_path / "link.yaml", tmp_path / "socket.yaml"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    (tmp_path / "folder.yaml").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(address))
+        for path in (fifo, link, address, tmp_path / "folder.yaml", Path("/dev/zero"), Path("/")):
+            assert errors(path) == [f"{path}: cannot be read: is not a regular file"]
+
+
+def test_a_fifo_in_place_of_the_file_that_was_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fifo, regular = tmp_path / "fifo.yaml", os.stat(__file__)
+    os.mkfifo(fifo)
+    monkeypatch.setattr(Path, "stat", lambda _: regular)
+    assert "is empty" in errors(fifo)[0]
+
+
+def test_paths_that_no_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("a\0b.yaml", "folder\0/a.yaml", Path("a\0.yaml")):
+        assert errors(path) == [f"{str(path)!r} contains a NUL character; no file has such a path"]
+    assert "no policy named 'a\\x00b'" in errors("a\0b")[0]
+    assert "is not text" in errors("\ud800.yaml")[0]
+    assert "cannot be made absolute" in errors("~nobody-has-this-name/a.yaml")[0]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "cannot be made absolute" in errors("a.yaml")[0]
+
+
+def test_a_path_may_be_bytes(tmp_path: Path) -> None:
+    class Entry:
+        def __fspath__(self) -> bytes:
+            return bytes(tmp_path / "a.yaml")
+
+    (tmp_path / "a.yaml").write_bytes(policy_of(100, "a"))
+    assert load_policy(Entry()).rules  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("phases", ["{'': }", "{'': {first: 1, of: 2}}", "{a: , '': }", "['']"])
+def test_a_phase_has_a_name(yaml_errors, phases: str) -> None:  # type: ignore[no-untyped-def]
+    problems = yaml_errors(f"version: 1\nphases: {phases}\nrules: [{{dense: true}}]\n")
+    assert len(problems) == 1
+    assert problems[0].startswith("bad.yaml:2: phases: ")
 
 
 def test_errors_survive_pickling() -> None:

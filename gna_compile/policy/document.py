@@ -1,4 +1,4 @@
-"""YAML text to plain values with the line of each, safely: no tags, no aliases, bounded size."""
+"""YAML text to plain values with the line of each, safely: no tags, no aliases, bounded depth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from gna_compile.policy.errors import PolicyError
 
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 256 * 1024  # of a policy file; whoever reads one reads no more
 MAX_DEPTH = 16
 
 KeyPath = tuple[str | int, ...]
@@ -72,16 +72,12 @@ def read_yaml(text: str, origin: str) -> Document:
     """Parses one YAML document.
 
     Raises:
-        PolicyError: for broken YAML, an empty file, a file over 256 KiB or nested deeper than 16,
-            aliases, tags, duplicate keys and numbers not in plain decimal.
+        PolicyError: for broken YAML, an empty file, nesting deeper than 16, aliases, tags,
+            duplicate keys and numbers not in plain decimal.
     """
     import yaml
 
     document = Document(origin, lines={(): 1})
-    if len(text) > MAX_BYTES:
-        raise PolicyError(
-            [f"{origin}:1: is larger than {MAX_BYTES} bytes; a policy is a short file"]
-        )
     try:
         _check_events(yaml.parse(text, Loader=yaml.SafeLoader), origin)
         root = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gna_compile.policy.conflicts import conflicts
-from gna_compile.policy.document import Document, KeyPath, read_mapping, read_yaml
+from gna_compile.policy.document import MAX_BYTES, Document, KeyPath, read_mapping, read_yaml
 from gna_compile.policy.errors import PolicyError
 from gna_compile.policy.rules import DeclaredLayout, Phase, Policy, Rule
 
@@ -88,9 +89,9 @@ def _shipped() -> dict[str, Path]:
 
 
 def _locate(source: str | os.PathLike[str]) -> Path:
-    text = os.fspath(source)
+    text = os.fsdecode(source)
     if not isinstance(source, str) or text.endswith(_SUFFIXES) or os.path.basename(text) != text:
-        return Path(text).expanduser().absolute()
+        return _absolute(text)
     if text in _shipped():
         return _shipped()[text]
     names = ", ".join(shipped_policies())
@@ -101,15 +102,43 @@ def _locate(source: str | os.PathLike[str]) -> Path:
     )
 
 
-def _read(path: Path) -> str:
+def _absolute(text: str) -> Path:
     try:
-        return path.read_text(encoding="utf-8")
+        if b"\0" in os.fsencode(text):
+            raise PolicyError([f"{text!r} contains a NUL character; no file has such a path"])
+        return Path(text).expanduser().absolute()
+    except UnicodeEncodeError:
+        raise PolicyError([f"{text!r} is not text; no file has such a path"]) from None
+    except (OSError, RuntimeError) as error:  # no home directory, no working directory
+        raise PolicyError([f"{text!r} cannot be made absolute: {error}"]) from None
+
+
+def _read(path: Path) -> str:
+    """The text of a file, of which no more is read than a policy may have.
+
+    Raises:
+        PolicyError: if it is no regular file (a FIFO would block), cannot be read, is larger than
+            256 KiB or is not UTF-8.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise PolicyError([f"{path}: cannot be read: is not a regular file"])
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise PolicyError([f"{path}: cannot be read: {error.strerror or error}"]) from None
+    if len(content) > MAX_BYTES:
+        raise PolicyError([f"{path}:1: is larger than {MAX_BYTES} bytes; a policy is a short file"])
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PolicyError(
             [f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]
         ) from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _build(document: Document, name: str, source: str | None) -> Policy:

@@ -114,6 +114,8 @@ def _index_ranges(value: Any) -> tuple[tuple[int, int], ...]:
 def _phase_names(value: Any) -> Any:
     """A list of phase names is short for a mapping of them without steps."""
     if not isinstance(value, list):
+        if isinstance(value, dict) and "" in value:
+            raise _refuse("has a phase without a name; give it one or remove it")
         return value
     if not all(isinstance(name, str) and name for name in value):
         raise _refuse(f"{value!r} must be a list of phase names, or name: {{first: 9, of: 28}}")
