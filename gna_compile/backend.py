@@ -24,6 +24,8 @@ from gna_compile.policy import DEFAULT_PHASE
 
 if TYPE_CHECKING:
     from gna_compile.decide import Decision
+    from gna_compile.policy import Policy
+    from gna_compile.stamps import Stamp
 
 log = logging.getLogger("gna_compile")
 
@@ -56,25 +58,36 @@ class GnaBackend:
         return compile_graph(gm, example_inputs, Options.parse(options, mode))
 
     def reset(self) -> None:
-        """Forgets loaded policies; called by `torch._dynamo.reset()`."""
+        """Forgets loaded policies and what was said; called by `torch._dynamo.reset()`."""
         from gna_compile.policy import clear_cache
+        from gna_compile.said_aloud import forget
 
         clear_cache()
+        forget()
 
 
 gna = GnaBackend()
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
-    """Rewrites what is decided, lowers the graph, and returns what Dynamo shall call."""
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, quiet: bool = False
+) -> Lowered:
+    """Rewrites what is decided, lowers the graph, and returns what Dynamo shall call.
+
+    Args:
+        quiet: no warnings about what stays dense.
+    """
     from gna_compile.graph.rewrite import copy_with_sites, rewrite
     from gna_compile.ids_checks import CheckedAgainstIds, ids_checks
     from gna_compile.report.collect import GraphRecord
+    from gna_compile.said_aloud import say
 
     # Whoever keeps this for later keeps no inputs alive.
     lowered = partial(lower, inner=options.inner, mode=options.mode, inductor=options.inductor)
     plan = decide_graph(gm, example_inputs, options)
     record = GraphRecord.start(gm, plan.decisions)
+    if not quiet:
+        say(plan.decisions.values(), plan.policies, plan.root, plan.stamps)
     if not plan.is_rewritten:
         record.publish()
         return lowered(gm, example_inputs)
@@ -135,12 +148,16 @@ class GraphPlan:
         variants: the distinct lists of decisions.
         variant_of_phase: which variant each phase runs.
         root: the module whose method is being compiled.
+        policies: the policies that decided.
+        stamps: the stamps on the modules that the compiled code can reach.
     """
 
     decisions: dict[str, list[Decision]]
     variants: list[list[Decision]]
     variant_of_phase: dict[str, int]
     root: nn.Module | None
+    policies: frozenset[Policy] = frozenset()
+    stamps: tuple[Stamp, ...] = ()
 
     @property
     def is_rewritten(self) -> bool:
@@ -153,7 +170,7 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     from gna_compile.graph.frame import frame_modules, guard_root_attribute, root_module
     from gna_compile.graph.layouts import TokenFlow
     from gna_compile.graph.sites import find_sites
-    from gna_compile.packed_grid import take_marks
+    from gna_compile.packed_grid import Mark, take_marks
     from gna_compile.policy import load_policy
     from gna_compile.stamps import KEY, PACKED, stamp_of, stamps_below
 
@@ -168,8 +185,9 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     if own is not None:
         guard_root_attribute(KEY)
     if own is not None and own.packed is not None and not packed_grids:
-        guard_root_attribute(PACKED, "grid")
-        packed_grids = [own.packed.grid] if own.packed.grid is not None else []
+        guard_root_attribute(PACKED, "grids")
+        shown = enumerate(own.packed.grids)
+        packed_grids = [Mark(place, grid) for place, grid in shown if grid is not None]
     policies = {stamp.policy for stamp in stamps.values()} | ({policy} if policy else set())
     if not policies:
         log.warning(
@@ -191,7 +209,9 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
         variant_of_phase[phase] = next(equal, len(variants))
         if variant_of_phase[phase] == len(variants):
             variants.append(row)
-    return GraphPlan(decisions, variants, variant_of_phase, root)
+    reached = tuple(stamps.values())
+    given = {stamp.policy for stamp in reached} or policies
+    return GraphPlan(decisions, variants, variant_of_phase, root, frozenset(given), reached)
 
 
 def _same_rewrites(row: Sequence[Decision], other: Sequence[Decision]) -> bool:

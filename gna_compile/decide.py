@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.graph.frame import position_ids_outside
-from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, same_grid, times
+from gna_compile.graph.frame import local_modules, position_ids_outside
+from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, times
 from gna_compile.graph.sites import Site
 from gna_compile.graph.values import Size, enters, hint
+from gna_compile.packed_grid import Mark
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.providers import Declined, Problem, Provider, choose
 from gna_compile.reasons import Reason
-from gna_compile.stamps import PACKED, Stamp
+from gna_compile.stamps import PACKED, WATCH, Stamp
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def decide(
     phase: str,
     root: torch.nn.Module | None = None,
     stamps: Mapping[int, Stamp] | None = None,
-    packed_grids: Sequence[tuple[Size, ...]] = (),
+    packed_grids: Sequence[Mark] = (),
 ) -> Decision:
     """Decides on one site in one phase.
 
@@ -111,7 +112,7 @@ def _decide(
     phase: str,
     root: torch.nn.Module | None,
     stamps: Mapping[int, Stamp],
-    packed_grids: Sequence[tuple[Size, ...]],
+    packed_grids: Sequence[Mark],
 ) -> Decision:
     stamp = _stamp_for(site, root, stamps)
     name = stamp.name if stamp is not None else site.layer
@@ -189,22 +190,19 @@ def _layout(
     stamp: Stamp | None,
     declaring: Policy | Rule,
     root: torch.nn.Module | None,
-    packed_grids: Sequence[tuple[Size, ...]],
+    packed_grids: Sequence[Mark],
 ) -> Layout | Refusal:
-    """The layout by `prepare`, the policy or its rule, or the graph; what ids show must agree."""
+    """The layout by `prepare`, the policy or its rule, or the graph; what inputs show must agree."""
     declared = declaring.layout
+    why = ""
     if stamp is not None:
         declared = stamp.layout or declared
-        packed = _packed_grid(site, flow, stamp, root, packed_grids)
+        packed = _packed_grid(site, flow, stamp, declared, root, packed_grids)
         if isinstance(packed, Refusal):
             return packed
-        if packed is not None and declared is None:
-            declared = DeclaredLayout(packed)
-        elif packed is not None and declared and not same_grid(packed, declared.grid):
-            return Refusal(
-                Reason.LAYOUT_MISMATCH,
-                f"declared is the grid {times(declared.grid)}, position ids show {times(packed)}",
-            )
+        if packed is not None:
+            declared = replace(declared, grid=packed) if declared else DeclaredLayout(packed)
+        why = stamp.packed.why[0] if stamp.packed is not None else ""
     elif declared is not None and isinstance(flow.layout(site), Refusal):
         ids = position_ids_outside()
         if ids is not None:
@@ -213,42 +211,62 @@ def _layout(
                 f"a grid is declared, but {ids} outside this graph decides on the grid at every "
                 "call: use gna_compile.prepare(model, policy)",
             )
-    return resolve(site, flow, declared, declaring.global_tokens)
+    layout = resolve(site, flow, declared, declaring.global_tokens)
+    if why and isinstance(layout, Refusal) and layout.reason is Reason.LAYOUT_UNKNOWN:
+        return replace(layout, detail=why)
+    return layout
 
 
 def _packed_grid(
     site: Site,
     flow: TokenFlow,
     stamp: Stamp,
+    declared: DeclaredLayout | None,
     root: torch.nn.Module | None,
-    packed_grids: Sequence[tuple[Size, ...]],
+    packed_grids: Sequence[Mark],
 ) -> tuple[Size, ...] | Refusal | None:
-    """The grid that the position ids of a prepared model show, if a guard holds the graph to it.
+    """The grid that the inputs of a prepared model show, if a guard holds the graph to it.
 
-    None if they show none, or if the graph's own inputs must tell.
+    That of its position ids, or if a grid is declared, what has become of it. None if they show
+    none, or if the graph itself must tell.
     """
-    packed = stamp.packed.grid if stamp.packed is not None else None
-    if packed is None:
+    place = stamp.packed.place_of(declared.grid if declared else None) if stamp.packed else None
+    if stamp.packed is None or (place is None and declared is None):
         return None
-    shown = _grid_of_ids(flow.layout(site))
-    if shown is not None and shown != packed:
+    if place is None:
+        return Refusal(Reason.LAYOUT_UNKNOWN, "a model that shares this layer was prepared later")
+    packed, why = stamp.packed.grids[place], stamp.packed.why[place]
+    shown, is_read = flow.layout(site), _reads_ids(root, stamp)
+    if declared is not None and not is_read:
+        if isinstance(shown, Layout):
+            return None
+        return Refusal(
+            Reason.LAYOUT_UNKNOWN,
+            "a grid is declared, but the inputs that show whether it holds are not seen here: "
+            "compile the prepared model itself, not what calls it",
+        )
+    if packed is None:
+        return None if declared is None else Refusal(Reason.LAYOUT_MISMATCH, why)
+    by_ids = _grid_of_ids(shown)
+    if declared is None and by_ids is not None and by_ids != packed:
         # A larger graph, in which nothing read these ids before it was compiled. What they show is
         # to be asked again as soon as the model has seen others.
-        for grid in packed_grids:
-            for size in grid:
+        for mark in packed_grids:
+            for size in mark.grid:
                 int(size)
         return None
-    if shown is None and not _reads_ids(root, stamp):
+    if by_ids is None and not is_read:
         return Refusal(
             Reason.LAYOUT_UNKNOWN,
             "position ids that are not seen among this graph's inputs decide on the grid: compile "
             "the prepared model itself, not what calls it",
         )
-    grids = [grid for grid in packed_grids if tuple(map(hint, grid)) == packed]
+    ours = [mark.grid for mark in packed_grids if mark.place == place]
+    grids = [grid for grid in ours if tuple(map(hint, grid)) == packed]
     if len(grids) != 1:
         return Refusal(
             Reason.LAYOUT_UNKNOWN,
-            f"position ids show {times(packed)}, but no guard holds this graph to it",
+            f"inputs show {times(packed)}, but no guard holds this graph to it",
         )
     return grids[0]
 
@@ -258,9 +276,12 @@ def _grid_of_ids(shown: Layout | Refusal) -> tuple[Size, ...] | None:
 
 
 def _reads_ids(root: torch.nn.Module | None, stamp: Stamp) -> bool:
-    """Whether the hook that reads position ids ran before this graph, and not inlined in it."""
-    inside = root is not None and root.__dict__.get(PACKED) is stamp.packed
-    return inside and not torch._dynamo.config.nested_graph_breaks
+    """Whether the hook that looks at inputs ran before this graph, and not inlined in it."""
+    if torch._dynamo.config.nested_graph_breaks:
+        return False
+    inside = [m for m in local_modules() if m.__dict__.get(PACKED) is stamp.packed]
+    # A watched module that is not the one whose method this is may have its hook inlined here.
+    return any(module is root or WATCH not in module.__dict__ for module in inside)
 
 
 def _within_reach(site: Site, layout: Layout) -> Layout:

@@ -101,7 +101,7 @@ def _records(
         from gna_compile.graph.rewrite import copy_with_sites
 
         dense = copy_with_sites(gm, [])[0]
-        compile_graph(gm, inputs, options)
+        compile_graph(gm, inputs, options, quiet=True)
         return dense.forward
 
     limit = torch._dynamo.config.patch(recompile_limit=2**20)

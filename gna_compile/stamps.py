@@ -5,9 +5,10 @@ of a tensor. So each attention module gets a `Stamp`, and a forward pre-hook rea
 while it is traced: Dynamo then guards on the key, layers with different rules get different graphs,
 and layers with the same rule share one.
 
-Models whose latents are packed (FLUX) show their grid only in the values of `img_ids`. For them
-`prepare` also hooks the model itself: outside of any graph, the hook reads a new `img_ids` tensor
-once and keeps the grid where the layers' hook finds it (`packed_grid.py`).
+Models whose latents are packed (FLUX) show their grid only in the values of `img_ids`, and a grid that
+is declared may be true of one call and not of the next. So `prepare` also hooks the model itself:
+outside of any graph, the hook looks at the inputs of each call (`declared_grids.py`) and keeps the
+grids where the layers' hook finds them (`packed_grid.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import inspect
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
@@ -25,8 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gna_compile.graph.position_ids import SeenIds
-from gna_compile.packed_grid import PackedGrid, mark
+from gna_compile.declared_grids import IDS, Watch
+from gna_compile.packed_grid import Grid, PackedGrid, mark
 from gna_compile.policy import DeclaredLayout, Policy, load_policy
 
 log = logging.getLogger("gna_compile")
@@ -36,9 +37,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 KEY = "_gna_key"
 PACKED = "_gna_packed"
 _STAMP = "_gna_stamp"
-_IDS = "img_ids"
-_SEEN = "_gna_seen_ids"
+WATCH = "_gna_watch"
 _LOOKS_LIKE_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _PROJECTIONS = {"to_q", "to_qkv", "q_proj", "qkv", "query", "q", "wq", "Wqkv", "in_proj"}
 
 
@@ -51,7 +52,7 @@ class Stamp:
         name: its qualified name in the prepared model.
         classes: class names of the modules from the model down to it.
         layout: the layout of its tokens that `prepare` was given, if any.
-        packed: the grid that the model's position ids show at present, if it has any.
+        packed: the grids that the model's inputs show at present; None if nothing has to be seen.
     """
 
     policy: Policy
@@ -81,11 +82,19 @@ def prepare(
 
     Prepare a model before it is first called compiled: Dynamo does not look for hooks added later.
     From then on, call `prepare` again to change policy or layout: layers whose rule or layout
-    changed are recompiled. The grid of packed latents belongs to the model, so threads that share a
-    prepared model must run one grid at a time, and activation checkpointing must recompute with
-    the grid of the forward pass. Graphs treat its height and width as sizes of a tensor:
-    `torch.compile` makes those dynamic that have changed once. Call the model itself:
-    `model.forward(...)` passes by the hook that reads the ids.
+    changed are recompiled.
+
+    A declared grid, by `layout` or by the policy, is held against the inputs of each call: position
+    ids, the shape of the latent, or arguments that are its sizes. The first call must agree with
+    it; for another size the grid that follows from the same patches counts. Where none follows,
+    attention stays dense, with a warning. Where no input shows sizes, what is declared holds until
+    the shape of the tokens, or an argument that is a size, changes.
+
+    The grids belong to the model, so threads that share a prepared model must run one size at a
+    time, and activation checkpointing must recompute with the size of the forward pass. Graphs
+    treat them as sizes of a tensor: `torch.compile` makes those dynamic that have changed once.
+    Call the model itself: `model.forward(...)` passes by the hook that looks at its inputs, and so
+    does a larger graph, in which a declared grid counts only where the graph shows it, too.
 
     The stamps are plain attributes and the hooks plain functions: `pickle`, `copy.deepcopy` and
     `state_dict` work as before, and `unprepare` removes everything.
@@ -102,13 +111,16 @@ def prepare(
     declared = _parse_layout(layout)
     earlier = {m: m.__dict__[PACKED] for m in model.modules() if PACKED in m.__dict__}
     unprepare(model)
+    grids = _declared_grids(policy, declared)
+    named = dict(model.named_modules(remove_duplicate=False))
+    owners = _owners(model, {named[n] for n in attention_names(named)}) if grids else []
     for module in model.modules():
-        if _IDS in inspect.signature(module.forward).parameters:
-            module.register_forward_pre_hook(_follow_ids, with_kwargs=True)
+        if module in owners or _takes_ids(module):
             packed = _shared_grid(module, earlier) or PackedGrid()
+            packed.declare(grids)
             for inner in module.modules():
                 inner.__dict__[PACKED] = packed
-    for module, stamps in _stamps(model, policy, declared).items():
+    for module, stamps in _stamps(named, policy, declared).items():
         if len({stamp.key for stamp in stamps}) > 1:
             log.warning(
                 "%s are one module, but the policy has different rules for them: it stays dense. "
@@ -119,8 +131,48 @@ def prepare(
         module.__dict__[_STAMP] = stamps[0]
         module.__dict__[KEY] = stamps[0].key
         module.register_forward_pre_hook(_read_key)
+    for module in model.modules():
+        if module in owners or _takes_ids(module):
+            _watch(module)
     _warn_of_recompile_limit(model)
     return model
+
+
+def _declared_grids(policy: Policy, declared: DeclaredLayout | None) -> tuple[Grid, ...]:
+    """The different grids that are declared for some layer."""
+    layouts = [declared] if declared else [policy.layout, *(rule.layout for rule in policy.rules)]
+    return tuple(dict.fromkeys(layout.grid for layout in layouts if layout is not None))
+
+
+def _takes_ids(module: nn.Module) -> bool:
+    return IDS in inspect.signature(module.forward).parameters
+
+
+def _owners(model: nn.Module, attention: Collection[nn.Module]) -> list[nn.Module]:
+    """The modules whose inputs may show the grid of the attention in them: the model, and if its
+    blocks are further inside (a wrapper, a pipeline of two transformers), what lies around them.
+    """
+
+    def has_attention(module: nn.Module) -> bool:
+        return any(inner in attention for inner in module.modules())
+
+    def has_blocks(module: nn.Module) -> bool:
+        return any(isinstance(m, LISTS) and has_attention(m) for m in module.modules())
+
+    children = list(model.children())
+    if any(isinstance(child, LISTS) and has_attention(child) for child in children):
+        return [model]
+    inner = (_owners(child, attention) for child in children if has_blocks(child))
+    return [model, *(module for modules in inner for module in modules)]
+
+
+def _watch(module: nn.Module) -> None:
+    """Hooks a module, unless no attention in it depends on what its inputs show."""
+    below = [m.__dict__[PACKED] for m in module.modules() if stamp_of(m) and PACKED in m.__dict__]
+    own = module.__dict__[PACKED]
+    if below or _takes_ids(module):
+        module.__dict__[WATCH] = Watch(list(dict.fromkeys([own, *below])), _takes_ids(module))
+        module.register_forward_pre_hook(_look_at_inputs, with_kwargs=True)
 
 
 def _shared_grid(model: nn.Module, earlier: Mapping[nn.Module, PackedGrid]) -> PackedGrid | None:
@@ -147,9 +199,9 @@ def unprepare(model: ModuleT) -> ModuleT:
         module.__dict__.pop(_STAMP, None)
         module.__dict__.pop(KEY, None)
         module.__dict__.pop(PACKED, None)
-        module.__dict__.pop(_SEEN, None)
+        module.__dict__.pop(WATCH, None)
         for handle, hook in list(module._forward_pre_hooks.items()):
-            if hook in (_read_key, _follow_ids):
+            if hook in (_read_key, _look_at_inputs):
                 del module._forward_pre_hooks[handle]
                 module._forward_pre_hooks_with_kwargs.pop(handle, None)
     return model
@@ -176,20 +228,14 @@ def _read_key(module: nn.Module, args: Any) -> None:
 
 
 @torch.compiler.disable
-def _follow_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keeps the grid that the position ids of packed latents show."""
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-    ids = bound.arguments.get(_IDS)
-    if not isinstance(ids, torch.Tensor):
-        module.__dict__[PACKED].show(None)
-        return
-    seen = module.__dict__.setdefault(_SEEN, SeenIds())
-    module.__dict__[PACKED].show(seen.grid(ids))
+def _look_at_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keeps the grids that the inputs of a call show."""
+    module.__dict__[WATCH].look(module, args, kwargs)
 
 
-@torch.compiler.substitute_in_graph(_follow_ids, skip_signature_check=True)
-def _follow_ids_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
-    """Inside a larger graph nothing can be read; only ids among its inputs show the grid there."""
+@torch.compiler.substitute_in_graph(_look_at_inputs, skip_signature_check=True)
+def _look_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
+    """Inside a larger graph nothing can be read; only what the graph itself shows counts there."""
     return
 
 
@@ -202,11 +248,14 @@ def show_grid(model: nn.Module, grid: tuple[int, ...] | None) -> bool:
     return bool(grids)
 
 
-def _stamps(
-    model: nn.Module, policy: Policy, declared: DeclaredLayout | None
-) -> dict[nn.Module, list[Stamp]]:
-    """The stamps of every module that may hold an attention site, one for each of its names."""
-    named = dict(model.named_modules(remove_duplicate=False))
+def attention_names(named: Mapping[str, nn.Module]) -> set[str]:
+    """The names of the modules that look like attention; of all that may hold some if none does."""
+    found = {name for name, module in named.items() if _is_attention(module)}
+    return found or _names_to_stamp(named)
+
+
+def _names_to_stamp(named: Mapping[str, nn.Module]) -> set[str]:
+    """The names of the modules that may hold an attention site."""
     chosen = {name for name, module in named.items() if _is_attention(module)}
     for parent, module in named.items():
         if isinstance(module, nn.ModuleList):
@@ -214,6 +263,14 @@ def _stamps(
                 name = f"{parent}.{index}" if parent else str(index)
                 if not any(other == name or other.startswith(f"{name}.") for other in chosen):
                     chosen.add(name)
+    return chosen
+
+
+def _stamps(
+    named: Mapping[str, nn.Module], policy: Policy, declared: DeclaredLayout | None
+) -> dict[nn.Module, list[Stamp]]:
+    """The stamps of every module that may hold an attention site, one for each of its names."""
+    chosen = _names_to_stamp(named)
     stamps: dict[nn.Module, list[Stamp]] = defaultdict(list)
     for name, module in named.items():
         if name in chosen:
@@ -230,7 +287,7 @@ def class_stack(named: Mapping[str, nn.Module], name: str) -> tuple[str, ...]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+    if isinstance(module, LISTS):
         return False
     if _LOOKS_LIKE_ATTENTION.search(type(module).__name__):
         return True

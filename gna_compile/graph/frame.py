@@ -34,6 +34,11 @@ def frame_modules() -> list[torch.nn.Module]:
     return [value for value in found if isinstance(value, torch.nn.Module)]
 
 
+def local_modules() -> list[torch.nn.Module]:
+    """The modules that are variables of the compiled code."""
+    return [value for value in _locals().values() if isinstance(value, torch.nn.Module)]
+
+
 def position_ids_outside() -> str | None:
     """Name of a variable of the code around the compiled graph that holds position ids, if any.
 
