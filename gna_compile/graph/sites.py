@@ -25,7 +25,9 @@ from gna_compile.graph.values import (
     is_unbacked,
     number,
     operator_name,
+    reshaped_in_place,
     same_shape,
+    shares_memory,
     tensor_of,
 )
 from gna_compile.graph.written_out import Match, match
@@ -160,6 +162,7 @@ class _Search:
                 self.calls[known].append(modules)
         first_visit = gm not in self._sites
         sites = self._sites.setdefault(gm, [])
+        reshaped = reshaped_in_place(gm.graph) if first_visit else []
         matches: dict[fx.Node, Match] = {}
         for node in gm.graph.nodes:
             name = operator_name(node)
@@ -192,7 +195,7 @@ class _Search:
                 site,
                 modules=modules,
                 layer=modules[-1].name if modules else "",
-                obstacle=obstacle or site.obstacle,
+                obstacle=obstacle or site.obstacle or _reshaped(site, matches.get(node), reshaped),
             )
             sites.append(site)
             self.calls[site] = []
@@ -435,6 +438,18 @@ def _unfit(
     if any(tensor.device != out.device for tensor in operands):
         return (Reason.SHAPE, "operands and output are on different devices")
     return _unfit_dtype(out, operands, form)
+
+
+def _reshaped(
+    site: Site, found: Match | None, reshaped: list[fx.Node]
+) -> tuple[Reason, str] | None:
+    """Refuses what gets another shape in place: only its last shape is recorded."""
+    steps = found.steps if found is not None else ()
+    tensors = [site.query, site.key, site.value, site.mask, site.node, *steps]
+    for node in reshaped:
+        if any(tensor is not None and shares_memory(node, tensor) for tensor in tensors):
+            return (Reason.SHAPE, f"{node.name} gets another shape in place")
+    return None
 
 
 def _unfit_dtype(

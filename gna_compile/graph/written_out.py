@@ -45,6 +45,7 @@ _SHAPE_ONLY = frozenset({"size", "dim", "numel", "stride", "zeros_like", "ones_l
 _SHAPE_ONLY |= {"full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 _SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _GRADIENT_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _MOST_STEPS = 24
 
 Obstacle = tuple[Reason, str]
@@ -58,7 +59,8 @@ class Match:
     `query`, `key` and `value` are [.., S, D], before any constant scale; `key` is [.., D, S] if
     `key_transposed`. `scale` is the product of all constant factors on the scores. `mask_form` says
     how `mask` acts: "added", "filled" (True hides), "selected" (a condition of `where`) or
-    "several" (`mask` is the last of them); "" without a mask.
+    "several" (`mask` is the last of them); "" without a mask. `steps` are the tensors whose recorded
+    shapes the match relies on, besides the operands.
     """
 
     node: fx.Node
@@ -73,6 +75,7 @@ class Match:
     dropout: float
     head_dim: Size
     obstacle: Obstacle | None
+    steps: tuple[fx.Node, ...]
 
 
 def match(softmax: fx.Node) -> Match | None:
@@ -423,17 +426,23 @@ class _Peeled:
     node: fx.Node
     transposed: bool
     scale: float
-    computed: fx.Node | None  # the first node behind which memory is no longer `node`'s own
+    reader: fx.Node  # what reads it: the step that was peeled off last, or the product
 
 
-def _peel(operand: _Operand) -> list[_Peeled]:
-    """An operand and what is found behind it, outermost first."""
-    found = [_Peeled(operand.node, operand.transposed, 1.0, None)]
+def _peel(operand: _Operand, product: fx.Node, output: fx.Node) -> list[_Peeled]:
+    """An operand of the scores and what is found behind it, outermost first.
+
+    A step is peeled off only where nothing writes to its result before the product reads that, nor
+    to its source from when the step read that until the output, where a rewritten site reads it.
+    """
+    found = [_Peeled(operand.node, operand.transposed, 1.0, product)]
     for _ in range(_MOST_STEPS):
         last = found[-1]
-        node, transposed, scale, computed = last.node, last.transposed, last.scale, last.computed
+        node, transposed, scale = last.node, last.transposed, last.scale
         value = tensor_of(node)
         if node.op not in ("call_function", "call_method") or value is None or written_by(node):
+            break
+        if any(operator_name(user) in _HOOKS for user in node.users):
             break
         name = operator_name(node)
         source = argument_of(node, 0, "input", "self")
@@ -447,16 +456,25 @@ def _peel(operand: _Operand) -> list[_Peeled]:
             if factor is None or (name == "div" and factor == 0):
                 break
             scale = scale * factor if name == "mul" else scale / factor
-            computed = node
-        elif name in _CASTS or name in ("contiguous", "clone"):
-            computed = node
-        else:
+        elif name not in _CASTS and name not in ("contiguous", "clone"):
             break
         behind = tensor_of(source)
         if behind is None or behind.device != value.device or not _widens(behind, value):
             break
-        found.append(_Peeled(source, transposed, scale, computed))
+        if _writer_between(node, product, node) or _writer_between(node, output, source):
+            break
+        found.append(_Peeled(source, transposed, scale, node))
     return found
+
+
+def _writer_between(start: fx.Node, end: fx.Node, tensor: fx.Node) -> fx.Node | None:
+    """The last node after `start` and before `end` that writes to a tensor's memory, or None."""
+    current = end.prev
+    while current is not start:
+        if any(shares_memory(target, tensor) for target in written_by(current)):
+            return current
+        current = current.prev
+    return None
 
 
 def _widens(narrow: torch.Tensor, wide: torch.Tensor) -> bool:
@@ -506,14 +524,15 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
     queries, keys = upper.product.left, _turned(upper.product.right)
     if not (queries.aligned and keys.aligned):
         obstacle = obstacle or (Reason.SHAPE, "queries or keys do not have the order of the scores")
-    query = _choose(_peel(queries), out.dtype)
-    key = _choose(_peel(keys), out.dtype)
+    peeled = [_peel(operand, scores, node) for operand in (queries, keys)]
+    query, key = (_choose(found, out.dtype) for found in peeled)
     if query.transposed:
         obstacle = obstacle or (Reason.SHAPE, "the queries are [.., head size, tokens]")
     left, right = lower.product.left, lower.product.right
     value = right.node if left.node is lower.chain[-1] else left.node
     obstacle = obstacle or _dtype_obstacle(query.node, key.node, scores, node)
-    obstacle = obstacle or _changed_between(scores, node, (query, key))
+    obstacle = obstacle or _changed_before(node, (query, key))
+    obstacle = obstacle or _changed_links(chain, node, scores, [mask for mask, _ in masks])
     return Match(
         node=node,
         scores=scores,
@@ -527,6 +546,7 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
         dropout=dropout,
         head_dim=upper.product.inner,
         obstacle=obstacle,
+        steps=(*chain, *(item.node for found in peeled for item in found)),
     )
 
 
@@ -596,27 +616,44 @@ def _dtype_obstacle(
     return None
 
 
-def _changed_between(
-    scores: fx.Node, node: fx.Node, operands: tuple[_Peeled, _Peeled]
-) -> Obstacle | None:
+def _changed_before(output: fx.Node, operands: tuple[_Peeled, _Peeled]) -> Obstacle | None:
     """Whether the site would mean something else if it were computed at the output.
 
     That is where a rewritten site reads queries and keys: they must not be overwritten after the
     model read them, nor may gradients have been switched on or off in between.
     """
-    starts = [operand.computed or scores for operand in operands]
-    pending = list(zip(starts, operands, strict=True))
-    current = node.prev
-    while pending:
-        for target in written_by(current):
-            for _, operand in pending:
-                if shares_memory(target, operand.node):
-                    return (
-                        Reason.SHAPE,
-                        f"{current.name} overwrites {operand.node.name} between its use and the output",
-                    )
+    for operand in operands:
+        writer = _writer_between(operand.reader, output, operand.node)
+        if writer is not None:
+            return (
+                Reason.SHAPE,
+                f"{writer.name} overwrites {operand.node.name} between its use and the output",
+            )
+    current, readers = output.prev, {operand.reader for operand in operands}
+    while readers:
         if getattr(current.target, "__name__", "") in _GRADIENT_MODES:
             return (Reason.WEIGHTS_USED, "gradients are switched on or off inside the attention")
-        pending = [(start, operand) for start, operand in pending if start is not current]
+        readers.discard(current)
+        current = current.prev
+    return None
+
+
+def _changed_links(
+    chain: list[fx.Node], output: fx.Node, scores: fx.Node, masks: list[fx.Node]
+) -> Obstacle | None:
+    """Whether scores, weights or masks are overwritten in another way than by a step of the chain.
+
+    All that uses a link of the chain was looked at before. This finds what reaches its memory by
+    another tensor, such as a bias that took up the scores in place.
+    """
+    current = output.prev
+    while current is not scores:
+        for target in written_by(current):
+            changed = next((n for n in (*chain, *masks) if shares_memory(target, n)), None)
+            if changed is not None and target not in chain:
+                return (
+                    Reason.WEIGHTS_USED,
+                    f"{current.name} overwrites {changed.name} inside the attention",
+                )
         current = current.prev
     return None
