@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.graph.frame import local_modules, position_ids_outside
+from gna_compile.graph.frame import is_resumed, local_modules, position_ids_outside
 from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, times
 from gna_compile.graph.sites import Site
 from gna_compile.graph.values import Size, enters, hint
@@ -22,7 +22,7 @@ from gna_compile.packed_grid import Mark
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.providers import Declined, Problem, Provider, choose
 from gna_compile.reasons import Reason
-from gna_compile.stamps import PACKED, WATCH, Stamp
+from gna_compile.stamps import PACKED, WATCH, Stamp, model_around
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,12 @@ def _layout(
                 Reason.LAYOUT_UNKNOWN,
                 f"a grid is declared, but {ids} outside this graph decides on the grid at every "
                 "call: use gna_compile.prepare(model, policy)",
+            )
+        if is_resumed() or model_around(root) is not root:
+            return Refusal(
+                Reason.LAYOUT_UNKNOWN,
+                "a grid is declared, but this graph is a part of a model, and only the inputs of the "
+                "whole show at each call whether it holds: use gna_compile.prepare(model, policy)",
             )
     layout = resolve(site, flow, declared, declaring.global_tokens)
     if why and isinstance(layout, Refusal) and layout.reason is Reason.LAYOUT_UNKNOWN:

@@ -42,12 +42,12 @@ class Sight:
         words: the inputs and their sizes, for people.
         readings: for each way to read them, the sizes along the axes of space, and what must stay
             the same (channels) for it to be the same way.
-        has_patches: whether an axis may be a multiple of the grid's.
+        patch: height and width of a patch of these inputs, if known.
     """
 
     words: str
     readings: Mapping[Any, tuple[Grid, Grid]] = field(default_factory=dict)
-    has_patches: bool = True
+    patch: Grid | None = None
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Followed:
         if not known:
             for way, (sizes, rest) in sight.readings.items():
                 patches = _patches(self.declared, sizes)
-                if patches is not None and (sight.has_patches or set(patches) == {1}):
+                if patches is not None and sight.patch in (None, patches[-2:]):
                     self.patches[way] = patches, rest
             return self.declared if self.patches.keys() & sight.readings.keys() else None
         found = set()
@@ -104,6 +104,15 @@ def _without_units(grid: Grid) -> Grid:
     return grid[first:]
 
 
+def _patch_of(module: nn.Module) -> Grid | None:
+    """Height and width of a patch of the latent, if the model's configuration has them."""
+    size = getattr(getattr(module, "config", None), "patch_size", None)
+    sizes = (size, size) if isinstance(size, int) else size
+    if not isinstance(sizes, list | tuple) or len(sizes) not in (2, 3):
+        return None
+    return tuple(sizes[-2:])
+
+
 class Watch:
     """Looks at the inputs of one module at each of its calls.
 
@@ -134,7 +143,7 @@ class Watch:
                 shown.show(grid, why)
         if not any(shown.declared for shown in self.shown):
             return
-        sight = _sight(inputs, images)
+        sight = _sight(inputs, images, _patch_of(module))
         for shown in self.shown:
             if sight is None and shown.is_seen and not self._has_seen:
                 continue  # a module around this one has seen more
@@ -204,7 +213,9 @@ def _flat(name: str, value: Any, in_list: bool) -> Iterator[Input]:
         yield name, value, in_list
 
 
-def _sight(inputs: Sequence[Input], images: Sequence[tuple[int, int]] | None) -> Sight | None:
+def _sight(
+    inputs: Sequence[Input], images: Sequence[tuple[int, int]] | None, patch: Grid | None
+) -> Sight | None:
     """What shows the grid best: position ids, else the latent's shape, else sizes as arguments."""
     if images is not None:
         if len(images) > 1:
@@ -213,11 +224,11 @@ def _sight(inputs: Sequence[Input], images: Sequence[tuple[int, int]] | None) ->
             return Sight("position ids, which show none")
         (image,) = images
         words = f"position ids, which show {_times(image)}"
-        return Sight(words, {"ids": (image, ())}, has_patches=False)
-    return _latent(inputs) or _shapes(inputs) or _numbers(inputs)
+        return Sight(words, {"ids": (image, ())}, patch=(1, 1))
+    return _latent(inputs, patch) or _shapes(inputs) or _numbers(inputs)
 
 
-def _latent(inputs: Sequence[Input]) -> Sight | None:
+def _latent(inputs: Sequence[Input], patch: Grid | None) -> Sight | None:
     latents = [
         (name, tuple(value.shape), in_list)
         for name, value, in_list in inputs
@@ -239,7 +250,7 @@ def _latent(inputs: Sequence[Input]) -> Sight | None:
             size for d, size in enumerate(shape) if d not in axes and (d or in_list)
         )  # all but the batch
         readings[name, len(shape), axes] = tuple(shape[axis] for axis in axes), rest
-    return Sight(words, readings)
+    return Sight(words, readings, patch)
 
 
 def _shapes(inputs: Sequence[Input]) -> Sight | None:

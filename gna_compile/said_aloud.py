@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch import nn
 
 from gna_compile.policy import Policy
 from gna_compile.reasons import Reason
-from gna_compile.stamps import LISTS, Stamp, attention_names, class_stack
+from gna_compile.stamps import Stamp, attention_names, class_stack, model_around
 
 if TYPE_CHECKING:
     from gna_compile.decide import Decision
@@ -68,7 +67,7 @@ def say(
         stamps: those on the modules in it.
     """
     by_site = list(zip(*decisions, strict=True))
-    model = _model_around(root)
+    model = model_around(root)
     told = _say_of_declared_grids(by_site, stamps)
     for policy in policies:
         if all(rule.dense for rule in policy.rules):
@@ -186,27 +185,6 @@ def _words(
 def has_window(policy: Policy, name: str, classes: Sequence[str]) -> bool:
     """Whether a layer can fall under a rule with a window."""
     return any(not policy.rules[index].dense for index in policy.signature(name, classes))
-
-
-def _model_around(root: nn.Module | None) -> nn.Module | None:
-    """The model that the code being compiled is a part of: of the module itself and those whose
-    calls are under way, the first that has the blocks; the module itself if none has.
-    """
-    around = [root] if root is not None else []
-    frame = sys._getframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch._dynamo"):
-            around.append(owner)
-        frame = frame.f_back  # type: ignore[assignment]
-    return next((module for module in around if _has_blocks(module)), root)
-
-
-def _has_blocks(module: nn.Module) -> bool:
-    named = dict(module.named_modules())
-    lists = [name for name, inner in named.items() if isinstance(inner, LISTS)]
-    names = attention_names(named)
-    return any(name.startswith(f"{outer}.") or not outer for outer in lists for name in names)
 
 
 def _kind(name: str) -> str:

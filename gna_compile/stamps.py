@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import logging
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -277,6 +278,27 @@ def _stamps(
             packed = module.__dict__.get(PACKED)
             stamps[module].append(Stamp(policy, name, class_stack(named, name), declared, packed))
     return stamps
+
+
+def model_around(root: nn.Module | None) -> nn.Module | None:
+    """The model that the code being compiled is a part of: of the module itself and those whose
+    calls are under way, the first that has the blocks; the module itself if none has.
+    """
+    around = [root] if root is not None else []
+    frame = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch._dynamo"):
+            around.append(owner)
+        frame = frame.f_back  # type: ignore[assignment]
+    return next((module for module in around if _has_blocks(module)), root)
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    named = dict(module.named_modules())
+    lists = [name for name, inner in named.items() if isinstance(inner, LISTS)]
+    names = attention_names(named)
+    return any(name.startswith(f"{outer}.") or not outer for outer in lists for name in names)
 
 
 def class_stack(named: Mapping[str, nn.Module], name: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -94,6 +95,16 @@ def test_another_size_of_the_latent_is_another_grid(
     declared: tuple[int, ...], calls: Sequence[Any], expected: Sequence[Any]
 ) -> None:
     assert followed(declared, *calls) == expected
+
+
+def test_patches_that_the_model_is_configured_for() -> None:
+    """Else a first call of another size could pass for one of larger patches."""
+    shown, module = PackedGrid([(6, 8)]), Anything()
+    module.config = SimpleNamespace(patch_size=2)  # type: ignore[assignment]
+    watch = Watch([shown], reads_ids=False)
+    for height, width, grid in ((24, 32, None), (12, 16, (6, 8)), (24, 32, (12, 16))):
+        watch.look(module, (torch.empty(1, 4, height, width),), {})
+        assert shown.grids[1] == grid
 
 
 def test_latents_in_a_list() -> None:
@@ -340,6 +351,36 @@ def test_a_whole_model_and_a_larger_graph(outer: Any) -> None:
             y = image(8, 6)
             close(whole(y), expected(plain, y, (8, 6)))
             close(larger(y), plain(y))  # what is declared is not what the graph shows
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_without_prepare_a_part_of_a_model_has_no_declared_grid(breaks: bool) -> None:
+    """Its graph would run on any image of as many tokens."""
+
+    class Broken(Net):
+        def forward(self, image: Tensor) -> Tensor:
+            x = self.patch(image).flatten(2).transpose(1, 2)
+            torch._dynamo.graph_break()
+            return self.blocks[1](self.blocks[0](x))
+
+    model = Broken() if breaks else Net()
+    plain = copy.deepcopy(model)
+    options = {**OPTIONS, "policy": policy(layout={"grid": [6, 8]})}
+    run: Any = model
+    if breaks:
+        run = torch.compile(model, backend="gna", options=options)
+    else:
+        for block in model.blocks:
+            block.compile(backend="gna", options=options)
+    with torch.no_grad():
+        for grid in ((6, 8), (8, 6)):
+            x = image(*grid)
+            close(run(x), plain(x))
+        gna_compile.prepare(model, policy(), layout={"grid": [6, 8]})
+        torch._dynamo.reset()
+        for grid in ((6, 8), (8, 6)):
+            x = image(*grid)
+            close(run(x), expected(plain, x, grid))
 
 
 def test_a_grid_of_position_ids_that_is_declared_too() -> None:

@@ -39,6 +39,12 @@ def local_modules() -> list[torch.nn.Module]:
     return [value for value in _locals().values() if isinstance(value, torch.nn.Module)]
 
 
+def is_resumed() -> bool:
+    """Whether the compiled code goes on after a graph break."""
+    translator = _translator()
+    return translator is not None and translator.f_code.co_name.startswith("torch_dynamo_resume_in")
+
+
 def position_ids_outside() -> str | None:
     """Name of a variable of the code around the compiled graph that holds position ids, if any.
 
