@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import random
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,13 @@ from models import OLD_TORCH
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from gna_compile.graph import sites, values
 from gna_compile.graph.names import ModuleRef, qualified_name, rebase
+from gna_compile.graph.rewrite import evaluate, memory_order, rewrite
 from gna_compile.graph.sites import Site, describe, find_sites
-from gna_compile.graph.values import shares_memory, written_by
+from gna_compile.graph.tokens.layouts import Layout
+from gna_compile.graph.values import shares_memory, tensor_of, written_by
+from gna_compile.policy import Parameters
 from gna_compile.reasons import Reason
 
 BATCH, HEADS, TOKENS, SIZE = 2, 3, 12, 8
@@ -212,6 +218,19 @@ def test_fused_cross_attention_has_its_own_key_tokens() -> None:
     assert (site.tokens, site.key_tokens, site.obstacle) == (12, 5, None)
 
 
+@pytest.mark.parametrize("leading", [(5,), (2, 5), (2, 1, 5)])
+def test_all_dimensions_before_the_heads_are_batch(leading: tuple[int, ...]) -> None:
+    shape = (*leading, HEADS, TOKENS, SIZE)
+    written = [WRITTEN[name].function for name in ("matmul methods", "key scaled", "einsum dots")]
+    for function in (FUSED["positional"], *written):
+        graphs = capture(function, *qkv(*shape))
+        (site,) = graphs[0].sites
+        assert site.obstacle is None, describe(site)
+        assert (site.batch, site.heads, site.kv_heads) == (math.prod(leading), HEADS, HEADS)
+        assert (site.tokens, site.key_tokens, site.head_dim) == (TOKENS, TOKENS, SIZE)
+        assert check_numbers(graphs) == 1
+
+
 UNFIT: dict[str, tuple[Reason, Callable[[Tensor], Tensor], tuple[int, ...], torch.dtype]] = {
     "two dimensions": (
         Reason.SHAPE,
@@ -219,10 +238,24 @@ UNFIT: dict[str, tuple[Reason, Callable[[Tensor], Tensor], tuple[int, ...], torc
         (12, 8),
         torch.float32,
     ),
-    "five dimensions": (
+    "five dimensions and four": (
         Reason.SHAPE,
-        lambda x: F.scaled_dot_product_attention(x, x, x),
+        lambda x: F.scaled_dot_product_attention(x, x[0], x[0]),
+        (1, 2, 2, 12, 8),
+        torch.float32,
+    ),
+    "one frame's keys for all frames": (
+        Reason.SHAPE,
+        lambda x: F.scaled_dot_product_attention(x, x[:, :1], x[:, :1]),
         (2, 2, 2, 12, 8),
+        torch.float32,
+    ),
+    "a mask over five dimensions": (
+        Reason.MASK,
+        lambda x: F.scaled_dot_product_attention(
+            x, x, x, torch.ones(2, 1, 1, 12, dtype=torch.bool)
+        ),
+        (3, 2, 2, 12, 8),
         torch.float32,
     ),
     "one key for the whole batch": (
@@ -1262,6 +1295,115 @@ def test_any_combination_of_steps(
     assert site.obstacle is None, describe(site)
     assert (site.tokens, site.key_tokens) == (tokens, key_tokens)
     assert check_numbers(graphs, 6e-2) == 1
+
+
+# --- more dimensions than the op has -------------------------------------------------------------
+
+WINDOW: dict[str, Any] = {"grid": (3, 4), "window": (2, 2)}
+
+
+def rewritten(function: Callable[..., Any], strides: list[Any]) -> Callable[..., Any]:
+    """Compiles `function` with every site rewritten to one window; notes strides at the sites."""
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        sites = find_sites(gm)
+        parameters = Parameters(WINDOW["window"], (1, 1), (1, 1), (False, False))
+        before = [site.node.meta["example_value"] for site in sites]
+        users = [next(iter(site.node.users)) for site in sites]
+        rewrite([(site, Layout(WINDOW["grid"]), parameters) for site in sites])
+        for old, user in zip(before, users, strict=True):
+            (new,) = (n for n in user.all_input_nodes if tensor_of(n) is old)
+            strides.append((old, evaluate(new, old)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    visible = oracle.mask(**WINDOW)
+    grouped = k.shape[-3] != q.shape[-3]
+    return F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=grouped)
+
+
+def dense_with(prepare: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(prepare(q), prepare(k), prepare(v))
+
+
+DIMENSIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "fused": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "grouped": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k[..., :1, :, :], v[..., :1, :, :], enable_gqa=True
+    ),
+    "written out": lambda q, k, v: torch.softmax(q @ k.mT * SIZE**-0.5, -1) @ v,
+    "keys from channels": lambda q, k, v: (
+        torch.softmax(q @ k.mT.reshape(*k.shape[:-2], SIZE, TOKENS) * SIZE**-0.5, -1) @ v
+    ),
+    "einsum": lambda q, k, v: torch.einsum(
+        "...ij,...jd->...id",
+        torch.softmax(torch.einsum("...id,...jd->...ij", q, k) * SIZE**-0.5, -1),
+        v,
+    ),
+    "heads last in memory": lambda q, k, v: dense_with(
+        lambda x: x.transpose(-2, -3).contiguous().transpose(-2, -3), q, k, v
+    ),
+    "frames outside of the batch": lambda q, k, v: dense_with(
+        lambda x: x.transpose(0, -4).contiguous().transpose(0, -4), q, k, v
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("leading", [(4,), (2, 3), (2, 3, 2)])
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_leading_dimensions_are_rewritten_as_one_batch(
+    name: str, leading: tuple[int, ...], dynamic: bool
+) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return DIMENSIONS[name](q, k, v).transpose(-2, -3).flatten(-2) * 2
+
+    strides: list[Any] = []
+    compiled = rewritten(function, strides)
+    for step in range(3 if dynamic else 1):
+        sizes = tuple(size + step for size in leading)
+        inputs = [torch.randn(*sizes, HEADS, TOKENS, SIZE) for _ in range(3)]
+        if dynamic:
+            for x in inputs:
+                for dim in range(len(leading)):
+                    torch._dynamo.mark_dynamic(x, dim)
+        used = [x[..., :1, :, :] if name == "grouped" else x for x in inputs[1:]]
+        expected = masked(inputs[0], *used).transpose(-2, -3).flatten(-2) * 2
+        torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-4, atol=1e-5)
+    ((old, new),) = strides
+    assert memory_order(old) == memory_order(new)
+    assert len({repr(x.is_contiguous()) for x in (old, new)}) == 1
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(5)))[::7])
+def test_the_output_keeps_its_memory_order(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @torch.library.custom_op("gna_tests::dense", mutates_args=())
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise AssertionError("not called")
+
+    dense.register_fake(
+        lambda q, k, v: q.new_empty([q.shape[d] for d in order]).permute(
+            [order.index(d) for d in range(5)]
+        )
+    )
+    names = values.operator_name
+
+    def named(node: fx.Node) -> str:
+        return "scaled_dot_product_attention" if "gna_tests" in str(node.target) else names(node)
+
+    monkeypatch.setattr(sites, "operator_name", named)
+    strides: list[Any] = []
+    compiled = rewritten(lambda *x: torch.ops.gna_tests.dense(*x).sin(), strides)
+    inputs = [torch.randn(2, 3, HEADS, TOKENS, SIZE) for _ in range(3)]
+    torch.testing.assert_close(compiled(*inputs), masked(*inputs).sin(), rtol=1e-4, atol=1e-5)
+    ((old, new),) = strides
+    assert old.stride() == new.stride()
 
 
 # --- names ---------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
 
-from gna_compile.graph.layouts import Layout
 from gna_compile.graph.sites import Site
-from gna_compile.graph.values import entry_of
+from gna_compile.graph.tokens.layouts import Layout
+from gna_compile.graph.values import entry_of, written_by
 from gna_compile.policy import Parameters
 
 Rewrite = tuple[Site, Layout, Parameters]
@@ -67,19 +67,13 @@ def _replace(
         else build.method("to", operand, site.dtype)
         for operand in operands
     ]
-    three_dimensional = original.ndim == 3
-    if three_dimensional:
-        operands = [build.method("unsqueeze", operand, 1) for operand in operands]
+    operands = [_with_one_batch(build, operand) for operand in operands]
     prefix, suffix = sizes.node_for(layout.prefix), sizes.node_for(layout.suffix)
     key_mask = None
     if site.mask is not None:
         key_mask = _key_mask(build, site, layout, sizes, verify_masks)
     # A symbolic head size is held to its value: the scale is a number in the op.
     scale = site.scale if site.scale is not None else int(site.head_dim) ** -0.5
-    output_order = memory_order(original)
-    if three_dimensional:
-        output_order = [0 if dim == 0 else dim + 1 for dim in output_order]
-        output_order.insert(output_order.index(0) + 1, 1)
     pair = build.function(
         torch.ops.gna.attention.v1,
         *operands,
@@ -92,15 +86,49 @@ def _replace(
         suffix,
         key_mask,
         scale,
-        output_order,
+        _order_with_one_batch(memory_order(original)),
     )
-    output = build.function(operator.getitem, pair, 0)
-    if three_dimensional:
-        output = build.method("squeeze", output, 1)
+    output = _with_all_batches(build, build.function(operator.getitem, pair, 0), site.query)
     _require_same_tensor(output.meta["example_value"], original)
     output.meta["example_value"] = original
     node.replace_all_uses_with(output)
     _erase_unused(node)
+
+
+def _with_one_batch(build: _Builder, operand: fx.Node) -> fx.Node:
+    """An operand of three or more dimensions as [batch, heads, tokens, head_dim]."""
+    rank = operand.meta["example_value"].ndim
+    if rank == 3:
+        return build.method("unsqueeze", operand, 1)
+    return operand if rank == 4 else build.method("flatten", operand, 0, rank - 4)
+
+
+def _order_with_one_batch(order: list[int]) -> list[int]:
+    """The memory order of the output with one batch for one with this order, outermost first."""
+    if len(order) == 3:
+        four = [0 if dim == 0 else dim + 1 for dim in order]
+        four.insert(four.index(0) + 1, 1)
+        return four
+    leading = len(order) - 3
+    return [max(dim - leading + 1, 0) for dim in order if dim == 0 or dim >= leading]
+
+
+def _with_all_batches(build: _Builder, output: fx.Node, query: fx.Node) -> fx.Node:
+    """The output [batch, heads, tokens, head_dim] in the shape of the query and its memory order."""
+    original = build.anchor.meta["example_value"]
+    if original.ndim == 4:
+        return output
+    if original.ndim == 3:
+        return build.method("squeeze", output, 1)
+    output = build.method("view_as", output, query)
+    order = memory_order(original)
+    first = order.index(0)
+    leading = original.ndim - 3
+    if order[first : first + leading] == list(range(leading)):
+        return output
+    # Its batch dimensions do not follow each other in memory, as they do in the op's output.
+    output = build.method("contiguous", build.method("permute", output, *order))
+    return build.method("permute", output, *(order.index(dim) for dim in range(len(order))))
 
 
 def _key_mask(
@@ -162,12 +190,9 @@ def _erase_unused(node: fx.Node) -> None:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return not str(node.target).endswith("_")
-    if node.op != "call_function" or node.is_impure():
+    if node.op not in ("call_function", "call_method") or written_by(node):
         return False
-    name = getattr(node.target, "__name__", "")
-    return node.target is not operator.setitem and not name.endswith("_")
+    return node.op == "call_method" or not node.is_impure()
 
 
 class _Builder:

@@ -52,9 +52,10 @@ class Site:
         owner: the graph module that holds the node: the graph itself or a subgraph of it.
         node: its value is the attention output, [.., tokens, head_dim].
         form: "sdpa", "written-out" or "opaque".
-        query, key, value: operands [batch, heads, tokens, head_dim] or [batch, tokens, head_dim],
-            without the scale that a model multiplied on them; None if opaque. Their dtype may
-            differ from `dtype` (autocast, or a narrower operand that the model widens): cast them.
+        query, key, value: operands [.., heads, tokens, head_dim] or [batch, tokens, head_dim],
+            without the scale that a model multiplied on them; None if opaque. All dimensions before
+            the heads are batch. Their dtype may differ from `dtype` (autocast, or a narrower
+            operand that the model widens): cast them.
         key_transposed: `key` is [.., head_dim, tokens].
         scale: factor on the scores before the softmax; None for 1 / sqrt(head_dim).
         mask: the mask operand, or what written-out attention adds to or selects from its scores.
@@ -66,7 +67,8 @@ class Site:
         modules: the modules around the site, outermost first.
         layer: qualified name of the innermost of them, "" if unknown or the compiled module itself.
         batch, heads, kv_heads, tokens, key_tokens, head_dim: sizes; symbolic ones stay symbolic.
-            Three-dimensional operands have one head. Zero where an opaque operator does not say.
+            `batch` is the product of all dimensions before the heads; three-dimensional operands
+            have one head. Zero where an opaque operator does not say.
         dtype, device: of the output.
         obstacle: why the site can never be rewritten, as a reason and one line of text, or None.
         other_calls: the modules around every further call, where the site is in a subgraph that
@@ -283,10 +285,10 @@ def _written_out(gm: fx.GraphModule, found: Match) -> Site | None:
     if site is None or scores is None or site.obstacle is None:
         return site
     # Operands that the op does not take may have their dimensions anywhere; the scores tell.
-    heads = scores.shape[-3] if scores.dim() >= 4 else 1
+    heads = _heads(scores)
     return replace(
         site,
-        batch=scores.shape[0],
+        batch=_batch(scores),
         heads=heads,
         kv_heads=heads,
         tokens=scores.shape[-2],
@@ -356,10 +358,6 @@ def _site(
     if min(query.dim(), key.dim(), value.dim()) < 2:
         return None
     key_tokens = key.shape[-1 if key_transposed else -2]
-
-    def heads_of(tensor: torch.Tensor) -> Size:
-        return tensor.shape[-3] if tensor.dim() >= 4 else 1
-
     return Site(
         owner=gm,
         node=node,
@@ -375,9 +373,9 @@ def _site(
         is_causal=is_causal,
         modules=(),
         layer="",
-        batch=query.shape[0] if query.dim() > 2 else 1,
-        heads=heads_of(query),
-        kv_heads=heads_of(key),
+        batch=_batch(query),
+        heads=_heads(query),
+        kv_heads=_heads(key),
         tokens=query.shape[-2],
         key_tokens=key_tokens,
         head_dim=query.shape[-1],
@@ -385,8 +383,18 @@ def _site(
         device=out.device,
         obstacle=obstacle
         or _unfit(out, (query, key, value), form, key_transposed, grouped)
+        or _unfit_mask(mask, query)
         or _unfit_scale(scale),
     )
+
+
+def _batch(tensor: torch.Tensor) -> Size:
+    """The product of the dimensions before heads, tokens and head size."""
+    return math.prod(tensor.shape[:-3]) if tensor.dim() != 3 else tensor.shape[0]
+
+
+def _heads(tensor: torch.Tensor) -> Size:
+    return tensor.shape[-3] if tensor.dim() >= 4 else 1
 
 
 # --- obstacles -----------------------------------------------------------------------------------
@@ -408,16 +416,17 @@ def _unfit(
             return (Reason.UNBACKED, f"a size of {_sizes(tensor)} depends on data")
     shapes = ", ".join(_sizes(tensor) for tensor in operands)
     rank = query.dim()
-    if rank not in (3, 4) or any(tensor.dim() != rank for tensor in (out, *operands)):
-        return (Reason.SHAPE, f"operands of {shapes} are not all of 3 or all of 4 dimensions")
+    if rank < 3 or any(tensor.dim() != rank for tensor in (out, *operands)):
+        return (Reason.SHAPE, f"operands of {shapes} do not have three or more dimensions each")
     key_shape = list(operands[1].shape)
     if key_transposed:
         key_shape[-2:] = key_shape[:-3:-1]
-    if any(not is_known(other == query.shape[0]) for other in (key_shape[0], value.shape[0])):
+    leading = max(rank - 3, 1)
+    if any(not same_shape(o[:leading], query.shape[:leading]) for o in (key_shape, value.shape)):
         return (Reason.SHAPE, f"the batch size differs between operands of {shapes}")
-    if rank == 4:
-        heads, kv_heads = query.shape[1], key_shape[1]
-        if not is_known(value.shape[1] == kv_heads):
+    if rank >= 4:
+        heads, kv_heads = query.shape[-3], key_shape[-3]
+        if not is_known(value.shape[-3] == kv_heads):
             return (Reason.SHAPE, f"keys and values have different heads in {shapes}")
         if not is_known(heads == kv_heads) and not (
             grouped and holds(kv_heads > 0) and holds(heads % kv_heads == 0)
@@ -465,6 +474,13 @@ def _unfit_dtype(
     if form == "sdpa" and dtypes != {out.dtype} and out.dtype == torch.float32:
         return (Reason.DTYPE, f"operands of {names} for an output of {out.dtype}")
     return None
+
+
+def _unfit_mask(mask: fx.Node | None, query: torch.Tensor) -> tuple[Reason, str] | None:
+    """Refuses masks that broadcast over more batch dimensions than the op has."""
+    if mask is None or query.dim() <= 4:
+        return None
+    return (Reason.MASK, f"queries of {_sizes(query)} have a mask, for which one batch is needed")
 
 
 def _unfit_scale(scale: float | None) -> tuple[Reason, str] | None:
