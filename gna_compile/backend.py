@@ -168,8 +168,8 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     """Decides on every site of a graph in every phase, and which phases share a graph."""
     from gna_compile.decide import decide
     from gna_compile.graph.frame import frame_modules, guard_root_attribute, root_module
-    from gna_compile.graph.layouts import TokenFlow
     from gna_compile.graph.sites import find_sites
+    from gna_compile.graph.tokens.layouts import TokenFlow
     from gna_compile.packed_grid import Mark, take_marks
     from gna_compile.policy import load_policy
     from gna_compile.stamps import KEY, PACKED, stamp_of, stamps_below

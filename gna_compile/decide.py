@@ -15,8 +15,8 @@ import torch
 
 from gna_compile.geometry import GeometryError, Neighborhood
 from gna_compile.graph.frame import is_resumed, local_modules, position_ids_outside
-from gna_compile.graph.layouts import Layout, Refusal, TokenFlow, resolve, times
 from gna_compile.graph.sites import Site
+from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow, resolve, times
 from gna_compile.graph.values import Size, enters, hint
 from gna_compile.packed_grid import Mark
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule

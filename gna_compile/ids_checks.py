@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from gna_compile.graph.layouts import Layout, same_grid, times
 from gna_compile.graph.position_ids import SeenIds
+from gna_compile.graph.tokens.layouts import Layout, same_grid, times
 from gna_compile.graph.values import Size, entry_of
 from gna_compile.lower import Lowered
 from gna_compile.stamps import show_grid

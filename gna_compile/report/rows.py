@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gna_compile.decide import Decision
-from gna_compile.graph.layouts import Layout
+from gna_compile.graph.tokens.layouts import Layout
 from gna_compile.graph.values import hint
 
 

@@ -1,0 +1,1 @@
+"""Which token stands behind every element of every tensor of a graph: see README.md here."""

@@ -1,0 +1,146 @@
+"""One operator call of a graph, as the rules see it: operands as tokens, sizes as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx
+
+from gna_compile.graph.tokens.cells import Source, Tokens, lattice
+from gna_compile.graph.tokens.constants import index_values
+from gna_compile.graph.tokens.sizes import Sizes
+from gna_compile.graph.values import argument_of, operator_name, tensor_of
+
+Value: TypeAlias = "Tokens | list[Value] | None"
+"""What is known of a value: the tokens of a tensor, a list for a tuple, None for anything else."""
+
+
+class Unruled(Exception):
+    """The operator is called in a form that its rule does not cover."""
+
+
+class Call:
+    """One node of a graph.
+
+    Attributes:
+        node: the node.
+        sizes: the point at which sizes are numbers.
+        makes_source: set by a rule that made a source: the next equal call makes another one.
+    """
+
+    def __init__(self, node: fx.Node, known: Mapping[fx.Node, Value], sizes: Sizes) -> None:
+        self.node, self._known, self.sizes = node, known, sizes
+        self.makes_source = False
+
+    @property
+    def name(self) -> str:
+        """What the operator is called in messages."""
+        return operator_name(self.node) or self.node.name
+
+    def argument(self, index: int, *names: str, default: Any = None) -> Any:
+        return argument_of(self.node, index, *names, default=default)
+
+    def tokens(self, argument: Any) -> Tokens:
+        """The tokens of a tensor operand.
+
+        Raises:
+            Unruled: if it is no tensor.
+        """
+        value = self._known.get(argument) if isinstance(argument, fx.Node) else None
+        if not isinstance(value, Tokens):
+            raise Unruled
+        return value
+
+    @property
+    def first(self) -> Tokens:
+        return self.tokens(self.argument(0, "input", "self", "x"))
+
+    def operands(self) -> Iterator[Tokens]:
+        for node in self.node.all_input_nodes:
+            value = self._known.get(node)
+            if isinstance(value, Tokens):
+                yield value
+
+    def number(self, argument: Any) -> int:
+        """An int argument."""
+        if isinstance(argument, fx.Node):
+            argument = argument.meta.get("example_value")
+        if isinstance(argument, bool) or not isinstance(argument, int | torch.SymInt):
+            raise Unruled
+        return self.sizes.of(argument)
+
+    def dim(self, argument: Any, rank: int) -> int:
+        """A dimension's index, counted from the front."""
+        index = self.number(argument)
+        if not -rank <= index < max(rank, 1):
+            raise Unruled
+        return index % rank if rank else 0
+
+    def dims(self, argument: Any, rank: int) -> tuple[int, ...]:
+        items = argument if isinstance(argument, list | tuple) else (argument,)
+        return tuple(self.dim(item, rank) for item in items)
+
+    def rest(self, start: int, *names: str) -> tuple[Any, ...]:
+        """Trailing arguments, given one by one or as one sequence."""
+        values = self.node.args[start:]
+        if not values:
+            found = next((self.node.kwargs[name] for name in names if name in self.node.kwargs), ())
+            values = (found,)
+        if len(values) == 1 and isinstance(values[0], list | tuple):
+            values = tuple(values[0])
+        return tuple(values)
+
+    def index(self, argument: Any) -> npt.NDArray[np.int64] | None:
+        """The values of an index tensor; None if they depend on data."""
+        return index_values(argument, self.sizes) if isinstance(argument, fx.Node) else None
+
+    @property
+    def result(self) -> tuple[int, ...]:
+        """The result's shape."""
+        tensor = tensor_of(self.node)
+        if tensor is None:
+            raise Unruled
+        return self.sizes.shape(tensor)
+
+    @property
+    def results(self) -> list[tuple[int, ...]]:
+        """The shapes of a result that is several tensors."""
+        pieces = self.node.meta.get("example_value")
+        if not isinstance(pieces, list | tuple):
+            raise Unruled
+        if not all(isinstance(piece, torch.Tensor) for piece in pieces):
+            raise Unruled
+        return [self.sizes.shape(piece) for piece in pieces]
+
+    def opaque(self, operands: Sequence[Tokens], shape: tuple[int, ...]) -> Tokens:
+        """A tensor of which only the origins are known."""
+        roots = frozenset(root for tokens in operands for root in tokens.roots)
+        if not roots or 0 in shape:
+            return Tokens(shape, {})
+        self.makes_source = True
+        return lattice(Source(self.name, "opaque", shape, roots))
+
+    def stem(self, old: Source, extents: tuple[int, ...]) -> Source:
+        """A new lattice made of an old one by this call."""
+        self.makes_source = True
+        kind: Literal["opaque", "stem"] = "opaque" if old.kind == "opaque" else "stem"
+        return Source(self.name, kind, extents, old.all_roots)
+
+
+Rule = Callable[[Call], Value]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers the rule of the operators that `operator_name` calls so."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register

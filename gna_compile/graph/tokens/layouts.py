@@ -1,0 +1,445 @@
+"""How a site's tokens lie: what was declared, if it fits, else what the graph proves, else nothing.
+
+A grid is proven if the tokens are, in raster order, the cells of a lattice whose axes are known:
+a convolution or patch embedding ran along them, position ids or tables of counted positions say
+so, or the tokens are put together to an image at the end. Sizes that multiply up to the token count
+show nothing, and neither does a merge of two dimensions that may be anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from gna_compile.graph.position_ids import name_of
+from gna_compile.graph.sites import Site
+from gna_compile.graph.tokens.reading import Reading, Relation, Run, read, times
+from gna_compile.graph.tokens.sizes import Sizes, generic_point, matching, pin, symbolic_sizes
+from gna_compile.graph.tokens.walk import Operands, Walk
+from gna_compile.graph.values import Size, hint, holds, is_known
+from gna_compile.reasons import Reason
+
+__all__ = ["Declared", "Layout", "Refusal", "TokenFlow", "resolve", "same_grid", "times"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`prefix` global tokens, a `grid` in raster order, `suffix` global tokens.
+
+    Attributes:
+        grid: one to three sizes, slowest axis first; symbolic where the graph's sizes are.
+        source: how it is known: "declared", "graph: <operator>" or "values of <graph input>".
+        ids: the graph input whose values gave the grid; they have to be checked at every call.
+    """
+
+    grid: tuple[Size, ...]
+    prefix: Size = 0
+    suffix: Size = 0
+    source: str = "graph"
+    ids: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a site has no layout."""
+
+    reason: Reason
+    detail: str
+
+
+class Declared(Protocol):
+    """A layout from a policy or from `prepare`; prefix and suffix are None where it does not say."""
+
+    @property
+    def grid(self) -> tuple[Size, ...]: ...
+    @property
+    def prefix(self) -> int | None: ...
+    @property
+    def suffix(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens with symbolic sizes where the graph has them; fields as those of `Run`."""
+
+    size: Size
+    grid: tuple[Size, ...] | None
+    axes: tuple[Size, ...]
+    run: Run
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one site.
+
+    Attributes:
+        relation: whether queries, keys and values are the same tokens.
+        segments: what the tokens are, in order.
+        doubt: why nothing is known of them.
+        is_general: it holds for all sizes that the graph serves; else only for the example's.
+    """
+
+    relation: Relation
+    segments: tuple[Segment, ...] = ()
+    doubt: str = ""
+    is_general: bool = True
+
+
+class TokenFlow:
+    """Which tokens the sites of a graph work on, from the data flow of the whole graph.
+
+    Walks the graph when it is first asked, once for each point of its sizes. Adds guards only
+    where a layout is taken that is proven for the example's sizes alone.
+
+    Args:
+        gm: Dynamo's graph; its nodes have `meta["example_value"]`.
+        example_inputs: the graph's inputs, real tensors, as a backend gets them.
+    """
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> None:
+        self._gm, self._inputs = gm, example_inputs
+        self._symbols: list[torch.SymInt] = symbolic_sizes(gm)
+        self._here = Sizes()
+        self._elsewhere = generic_point(self._symbols)
+        self._walks: dict[tuple[Sizes, bool], Walk] = {}
+        self._readings: dict[tuple[int, ...], tuple[Operands, Reading]] = {}
+        self._known: dict[tuple[int, fx.Node], Known] = {}
+
+    def relation(self, site: Site) -> Relation:
+        """Whether the queries, keys and values of a site are the same tokens in the same order.
+
+        "self" if each row of all three comes from the same cell of the same sources; "cross" if
+        they are other tokens; "unknown" if nothing shows either (inputs of the graph, or results
+        of an operator that is not understood).
+        """
+        return self.known(site).relation
+
+    def known(self, site: Site) -> Known:
+        """All that is known of a site."""
+        name = (id(site.owner), site.node)
+        if name not in self._known:
+            self._known[name] = self._find(site)
+        return self._known[name]
+
+    def hold(self, known: Known) -> None:
+        """Holds the graph to the example's sizes, if what is known of a site holds only there."""
+        if not known.is_general:
+            pin(self._symbols)
+
+    def layout(self, site: Site) -> Layout | Refusal:
+        """The layout that the graph proves, or why it proves none."""
+        if site.query is None:
+            return Refusal(Reason.LAYOUT_UNKNOWN, "the operands are not visible in the graph")
+        known = self.known(site)
+        if known.doubt:
+            return Refusal(Reason.LAYOUT_UNKNOWN, known.doubt)
+        if known.relation != "self":
+            return Refusal(
+                Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens"
+            )
+        on_grid = [i for i, segment in enumerate(known.segments) if segment.grid is not None]
+        if not on_grid:
+            return Refusal(Reason.LAYOUT_UNKNOWN, _why_no_grid(known.segments))
+        if len(on_grid) > 1:
+            runs = " + ".join(_words_of(segment) for segment in known.segments)
+            return Refusal(
+                Reason.LAYOUT_UNKNOWN, f"the tokens are several grids one after another: {runs}"
+            )
+        (index,) = on_grid
+        segment = known.segments[index]
+        self.hold(known)
+        return Layout(
+            segment.grid or (),
+            _total(known.segments[:index]),
+            _total(known.segments[index + 1 :]),
+            segment.run.why,
+            segment.run.ids if segment.run.why.startswith("values of") else None,
+        )
+
+    # --- readings ---
+
+    def _find(self, site: Site) -> Known:
+        known = self._followed(site, with_tables=False)
+        if known.relation == "self" and any(map(_is_flat, known.segments)):
+            return self._followed(site, with_tables=True)
+        return known
+
+    def _followed(self, site: Site, with_tables: bool) -> Known:
+        here = self._readings_of(site, self._here, with_tables)
+        if not here:
+            return Known("unknown", doubt="the operands are not visible in the graph")
+        if any(not _same_structure(here[0], other) for other in here[1:]):
+            return Known("unknown", doubt="calls of one subgraph have different layouts")
+        if not self._symbols:
+            return Known(here[0].relation, tuple(map(_as_it_is, here[0].runs)))
+        there = self._readings_of(site, self._elsewhere, with_tables)
+        general = self._generalized(here, there)
+        if general is not None:
+            return general
+        return Known(here[0].relation, tuple(map(_as_it_is, here[0].runs)), is_general=False)
+
+    def _readings_of(self, site: Site, sizes: Sizes, with_tables: bool) -> list[Reading]:
+        name = (sizes, with_tables)
+        if name not in self._walks:
+            self._walks[name] = Walk(self._gm, self._inputs, sizes, with_tables)
+        found = []
+        for operands in self._walks[name].attentions.get((id(site.owner), site.node), ()):
+            triple = tuple(map(id, operands))
+            if triple not in self._readings:
+                self._readings[triple] = operands, read(*operands)
+            found.append(self._readings[triple][1])
+        return found
+
+    def _generalized(self, here: Sequence[Reading], there: Sequence[Reading]) -> Known | None:
+        """What holds at the example's sizes and at others, with symbolic sizes; None if unlike."""
+        if len(here) != len(there) or not there:
+            return None
+        one, other = here[0], there[0]
+        if any(not _same_structure(other, reading) for reading in there[1:]):
+            return None
+        if one.relation != other.relation or len(one.runs) != len(other.runs):
+            return None
+        segments = []
+        for run, rival in zip(one.runs, other.runs, strict=True):
+            if not _same_kind(run, rival):
+                return None
+            pairs = [
+                (run.size, rival.size),
+                *zip(run.grid or (), rival.grid or (), strict=True),
+                *zip(run.axes, rival.axes, strict=True),
+            ]
+            sizes = [matching(*pair, self._symbols, self._elsewhere) for pair in pairs]
+            if any(size is None for size in sizes):
+                return None
+            size, *lengths = (s for s in sizes if s is not None)
+            rank = len(run.grid or ())
+            grid = tuple(lengths[:rank]) if run.grid is not None else None
+            segments.append(Segment(size, grid, tuple(lengths[rank:]), run))
+        return Known(one.relation, tuple(segments))
+
+
+def _is_flat(segment: Segment) -> bool:
+    """Whether tables of positions could show the grid of a run."""
+    return segment.grid is None and len(segment.axes) == 1 and hint(segment.size) > 3
+
+
+def _as_it_is(run: Run) -> Segment:
+    return Segment(run.size, run.grid, run.axes, run)
+
+
+def _same_kind(one: Run, other: Run) -> bool:
+    return (
+        (one.grid is None) == (other.grid is None)
+        and len(one.grid or ()) == len(other.grid or ())
+        and len(one.axes) == len(other.axes)
+        and bool(one.disorder) == bool(other.disorder)
+        and bool(one.doubt) == bool(other.doubt)
+        and one.ids is other.ids
+        and one.why.split(":")[0] == other.why.split(":")[0]
+    )
+
+
+def _same_structure(one: Reading, other: Reading) -> bool:
+    return one.relation == other.relation and [
+        (r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids) for r in one.runs
+    ] == [(r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids) for r in other.runs]
+
+
+def _words_of(segment: Segment) -> str:
+    return str(segment.size) if segment.grid is None else times(segment.grid)
+
+
+def _why_no_grid(segments: Sequence[Segment]) -> str:
+    longest = sorted(segments, key=lambda s: -hint(s.size))
+    for segment in longest:
+        trouble = segment.run.doubt or segment.run.disorder
+        if trouble:
+            return trouble
+    for segment in longest:
+        if len(segment.axes) > 1:
+            return (
+                f"the tokens are {times(segment.axes)} in raster order, but nothing shows that "
+                "these are axes of space: declare the grid with `layout`"
+            )
+    return Reason.LAYOUT_UNKNOWN.meaning
+
+
+def resolve(
+    site: Site,
+    flow: TokenFlow,
+    declared: Declared | None,
+    global_tokens: str | None = None,
+) -> Layout | Refusal:
+    """The layout of a site, in this order of trust: declared, then proven by the graph.
+
+    A declared layout must have as many tokens as the site and must not contradict the graph.
+    Where it does not say how many global tokens lie before and after the grid, the graph does, or
+    else `global_tokens` says on which side the rest lies. Symbolic sizes that have to equal a
+    declared number are held to it by a guard; a declared symbolic grid needs only be that of
+    position ids in this call, since each call checks it.
+
+    Args:
+        global_tokens: "prefix" or "suffix": there the tokens off the grid lie; "none": there are
+            none; None: not said.
+    """
+    shown = flow.layout(site)
+    if declared is None:
+        if isinstance(shown, Refusal):
+            return shown
+        return _checked(site, shown, global_tokens)
+    grid = tuple(declared.grid)
+    placed = _placed(site, flow, declared, global_tokens)
+    if isinstance(placed, Refusal):
+        return placed
+    prefix, suffix = placed
+    if isinstance(shown, Refusal):
+        known = flow.known(site)
+        flow.hold(known)
+        refusal = _contradiction(known.segments, grid, prefix)
+        return refusal or Layout(grid, prefix, suffix, "declared", None)
+    theirs = (shown.grid, shown.prefix, shown.suffix)
+    # What ids show is checked at every call, and no reason to hold symbols to it.
+    ours = grid if shown.ids is None else tuple(hint(size) for size in grid)
+    if not same_grid(shown.grid, ours) or not holds(shown.prefix == prefix):
+        return Refusal(
+            Reason.LAYOUT_MISMATCH,
+            f"declared is {_words(grid, prefix, suffix)}, "
+            f"the graph shows {_words(*theirs)} ({shown.source})",
+        )
+    return Layout(grid, prefix, suffix, "declared", shown.ids)
+
+
+def _contradiction(
+    segments: Sequence[Segment], grid: tuple[Size, ...], prefix: Size
+) -> Refusal | None:
+    """What the graph knows against a declared grid of tokens whose grid it does not show."""
+    start: Size = 0
+    tokens = math.prod(grid)
+    for segment in segments:
+        stop = start + segment.size
+        run = segment.run
+        if not holds(stop <= prefix) and not holds(start >= prefix + tokens):
+            if not run.has_tokens:
+                return _against(grid, "special tokens lie among those of the grid")
+            if run.doubt:
+                return Refusal(Reason.LAYOUT_UNKNOWN, run.doubt)
+            if run.disorder:
+                return _against(grid, run.disorder)
+            if not (holds(start <= prefix) and holds(prefix + tokens <= stop)):
+                runs = " + ".join(_words_of(s) for s in segments)
+                return _against(grid, f"the tokens are of several origins: {runs}")
+            if run.ids is not None and holds(segment.size == tokens):
+                return _against(grid, f"{name_of(run.ids)} shows none")
+            known = segment.grid or segment.axes
+            if len(known) > 1 and not _refines(grid, known):
+                return _against(grid, f"the graph shows {times(known)}")
+        start = stop
+    return None
+
+
+def _against(grid: tuple[Size, ...], why: str) -> Refusal:
+    return Refusal(Reason.LAYOUT_MISMATCH, f"declared is the grid {times(grid)}, but {why}")
+
+
+def _refines(grid: Sequence[Size], lattice: Sequence[Size]) -> bool:
+    """Whether each axis of a lattice is one axis of the grid, or several of them merged."""
+    pending = list(grid)
+    for length in lattice:
+        product: Size = 1
+        while pending and not holds(product == length):
+            product = product * pending.pop(0)
+        if not holds(product == length):
+            return False
+    return all(holds(size == 1) for size in pending)
+
+
+def _checked(site: Site, shown: Layout, global_tokens: str | None) -> Layout | Refusal:
+    """A layout from the graph, unless it contradicts `global_tokens` or does not fit the tokens."""
+    wrong = {"prefix": shown.suffix, "suffix": shown.prefix}.get(global_tokens or "")
+    if global_tokens == "none":
+        wrong = shown.prefix + shown.suffix
+    if wrong is not None and not holds(wrong == 0):
+        return Refusal(
+            Reason.LAYOUT_MISMATCH,
+            f"declared is `global_tokens: {global_tokens}`, the graph shows "
+            f"{_words(shown.grid, shown.prefix, shown.suffix)} ({shown.source})",
+        )
+    tokens = shown.prefix + math.prod(shown.grid) + shown.suffix
+    if not holds(tokens == site.tokens):
+        return _miscounted(site, shown.grid, shown.prefix, shown.suffix)
+    return shown
+
+
+def _placed(
+    site: Site, flow: TokenFlow, declared: Declared, global_tokens: str | None
+) -> tuple[Size, Size] | Refusal:
+    """Tokens before and after the declared grid."""
+    grid = tuple(declared.grid)
+    prefix: Size = declared.prefix or 0
+    suffix: Size = declared.suffix or 0
+    if declared.prefix is None and declared.suffix is None:
+        tokens = math.prod(grid)
+        sizes = [segment.size for segment in flow.known(site).segments]
+        matches = [i for i, size in enumerate(sizes) if holds(size == tokens)]
+        if len(matches) == 1:
+            (index,) = matches
+            prefix, suffix = _sum(sizes[:index]), _sum(sizes[index + 1 :])
+        elif global_tokens == "prefix":
+            prefix = site.tokens - tokens
+        elif global_tokens == "suffix":
+            suffix = site.tokens - tokens
+    wrong = {"prefix": suffix, "suffix": prefix, "none": prefix + suffix}.get(
+        global_tokens or "", 0
+    )
+    fits = holds(prefix + math.prod(grid) + suffix == site.tokens)
+    if not fits or not holds(prefix >= 0) or not holds(suffix >= 0):
+        return _miscounted(site, grid, declared.prefix or 0, declared.suffix or 0)
+    if not holds(wrong == 0):
+        return Refusal(
+            Reason.LAYOUT_MISMATCH,
+            f"declared is `global_tokens: {global_tokens}`, but the tokens of the grid "
+            f"{times(grid)} have {prefix} before and {suffix} after them",
+        )
+    return prefix, suffix
+
+
+def _miscounted(site: Site, grid: Sequence[Size], prefix: Size, suffix: Size) -> Refusal:
+    tokens = prefix + math.prod(grid) + suffix
+    return Refusal(
+        Reason.LAYOUT_MISMATCH,
+        f"{_words(grid, prefix, suffix)} is {tokens} tokens, the site has {site.tokens}",
+    )
+
+
+def same_grid(shown: Sequence[Size], declared: Sequence[Size]) -> bool:
+    """Whether two grids are one but for leading axes of length 1; guards symbols to be equal."""
+    ours, theirs = _without_units(shown), _without_units(declared)
+    return len(ours) == len(theirs) and all(
+        holds(one == other) for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _without_units(grid: Sequence[Size]) -> Sequence[Size]:
+    first = next((i for i, size in enumerate(grid) if not is_known(size == 1)), len(grid))
+    return grid[first:]
+
+
+def _total(segments: Sequence[Segment]) -> Size:
+    return _sum([segment.size for segment in segments])
+
+
+def _sum(sizes: Sequence[Size]) -> Size:
+    total: Size = 0
+    for size in sizes:
+        total = total + size
+    return total
+
+
+def _words(grid: Sequence[Size], prefix: Size, suffix: Size) -> str:
+    around = f" with prefix {prefix} and suffix {suffix}"
+    return f"the grid {times(grid)}{around}"

@@ -1,0 +1,829 @@
+"""Operators that move elements and compute nothing: executed on the coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx
+
+from gna_compile.graph.tokens.call import Call, Unruled, Value, rule
+from gna_compile.graph.tokens.cells import (
+    NONE,
+    Cells,
+    Source,
+    Tokens,
+    aligned,
+    compressed,
+    concatenated,
+    elementwise,
+    expanded,
+    gathered,
+    reshaped,
+)
+from gna_compile.graph.values import operator_name, tensor_of
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+# The result has the first operand's elements where they were.
+@rule(
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool"),
+    *("cpu", "cuda", "contiguous", "clone", "detach", "requires_grad", "alias", "identity"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
+    *("native_dropout", "softmax", "log_softmax", "softmin", "layer_norm", "rms_norm"),
+    *("group_norm", "instance_norm", "batch_norm", "normalize", "local_response_norm", "tril"),
+    *("triu", "zero", "fill", "prelu", "masked_fill", "nan_to_num", "threshold", "dequantize"),
+    *("view_as_self", "data", "real", "imag", "detach_copy", "lift_fresh_copy"),
+)
+def same(call: Call) -> Value:
+    tokens = call.first
+    return tokens if tokens.shape == call.result else None
+
+
+# New tensors: what they are like says nothing of what stands in them.
+@rule(
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "bernoulli", "randint_like"),
+    *("zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "eye", "tensor"),
+    *("scalar_tensor", "empty_strided", "new_empty_strided", "normal"),
+)
+def new(call: Call) -> Value:
+    return Tokens(call.result, {})
+
+
+@rule("arange", "linspace")
+def counted(call: Call) -> Value:
+    from gna_compile.graph.tokens.cells import lattice
+
+    call.makes_source = True
+    return lattice(Source(call.node.name, "table", call.result))
+
+
+@rule(
+    *("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "_reshape_alias"),
+    *("flatten", "ravel", "unflatten"),
+)
+def reshape(call: Call) -> Value:
+    tokens, shape = call.first, call.result
+    if isinstance(call.argument(1), torch.dtype) and shape != tokens.shape:
+        raise Unruled
+    if tokens.shape == shape:
+        return tokens
+    if 0 in shape:
+        return Tokens(shape, {})
+    moved = tokens.moved(shape, lambda cells: reshaped(cells, tokens.shape, shape))
+    if len(shape) < len(tokens.shape):
+        note_patches(moved)
+    return moved
+
+
+def note_patches(tokens: Tokens) -> None:
+    """Notes an axis whose cells stand in a tensor as the patches of an image do.
+
+    That is what becomes of tokens at the end of a model: (h, w) with patches (p, q) turn into an
+    image (h * p, w * q), in which each token has p rows and q columns. Frames may be single.
+    """
+    for source, axes in tokens.cells.items():
+        for i, array in enumerate(axes):
+            dims = [] if array is None else [d for d, n in enumerate(array.shape) if n > 1]
+            if array is None or not 2 <= len(dims) <= 3:
+                continue
+            small = array.reshape([array.shape[d] for d in dims])
+            lines = [
+                small[(0,) * k + (slice(None),) + (0,) * (len(dims) - k - 1)]
+                for k in range(len(dims))
+            ]
+            repeats = [int(np.argmax(line != line[0])) for line in lines]
+            if sum(r > 1 for r in repeats) < 2 or 1 in repeats[1:]:
+                continue
+            if any(n % r for n, r in zip(small.shape, repeats, strict=True)):
+                continue
+            tokens_alone = small[tuple(slice(None, None, r) for r in repeats)]
+            again = tokens_alone
+            for k, r in enumerate(repeats):
+                again = again.repeat(r, k)
+            if (again == small).all():
+                note_split(source, i, tokens_alone, range(len(dims)))
+
+
+def note_split(source: Source, axis: int, array: Cells, dims: Sequence[int]) -> None:
+    """Notes that an axis is used as the axes `dims`, if it is their raster from end to end."""
+    sizes = tuple(array.shape[d] for d in dims)
+    whole = array.reshape(-1)
+    if whole.size == source.extents[axis] and (whole == np.arange(whole.size)).all():
+        source.splits.setdefault(axis, set()).add(sizes)
+
+
+@rule("permute")
+def permute(call: Call) -> Value:
+    tokens = call.first
+    order = call.dims(list(call.rest(1, "dims")), len(tokens.shape))
+    return permuted(tokens, order)
+
+
+def permuted(tokens: Tokens, order: Sequence[int]) -> Tokens:
+    shape = tuple(tokens.shape[i] for i in order)
+    return tokens.moved(shape, lambda cells: cells.transpose(order))
+
+
+@rule("transpose")
+def transpose(call: Call) -> Value:
+    tokens = call.first
+    return permuted(tokens, _swapped(call, len(tokens.shape)))
+
+
+@rule("t", "T", "numpy_T", "adjoint", "mT", "mH", "H")
+def matrix_transpose(call: Call) -> Value:
+    tokens = call.first
+    rank = len(tokens.shape)
+    order = [*range(rank - 2), *reversed(range(max(rank - 2, 0), rank))]
+    result = permuted(tokens, order)
+    if result.shape != call.result:
+        raise Unruled
+    return result
+
+
+@rule("movedim", "moveaxis")
+def movedim(call: Call) -> Value:
+    tokens = call.first
+    rank = len(tokens.shape)
+    sources = call.dims(call.argument(1, "source"), rank)
+    targets = call.dims(call.argument(2, "destination"), rank)
+    moved = dict(zip(targets, sources, strict=True))
+    rest = iter(i for i in range(rank) if i not in sources)
+    return permuted(tokens, [moved[i] if i in moved else next(rest) for i in range(rank)])
+
+
+@rule("unsqueeze")
+def unsqueeze(call: Call) -> Value:
+    tokens = call.first
+    at = call.dim(call.argument(1, "dim"), len(tokens.shape) + 1)
+    return inserted(tokens, at)
+
+
+def inserted(tokens: Tokens, at: int) -> Tokens:
+    shape = (*tokens.shape[:at], 1, *tokens.shape[at:])
+    return tokens.moved(shape, lambda cells: np.expand_dims(cells, at))
+
+
+def removed(tokens: Tokens, dims: Sequence[int]) -> Tokens:
+    shape = tuple(n for d, n in enumerate(tokens.shape) if d not in dims)
+    return tokens.moved(shape, lambda cells: cells.squeeze(tuple(dims)))
+
+
+@rule("squeeze")
+def squeeze(call: Call) -> Value:
+    tokens = call.first
+    named = call.rest(1, "dim")
+    rank = len(tokens.shape)
+    chosen = set(call.dims(list(named), rank)) if named else set(range(rank))
+    result = removed(tokens, [d for d in sorted(chosen) if tokens.shape[d] == 1])
+    if result.shape != call.result:
+        raise Unruled  # a symbolic size that is 1 at this point only
+    return result
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(call: Call) -> Value:
+    return widened(call.first, call.result)
+
+
+def widened(tokens: Tokens, shape: tuple[int, ...]) -> Tokens:
+    if tokens.shape == shape:
+        return tokens
+    return tokens.moved(shape, lambda cells: aligned(cells, len(shape)))
+
+
+@rule("broadcast_tensors")
+def broadcast_tensors(call: Call) -> Value:
+    return [
+        widened(call.tokens(item), shape)
+        for item, shape in zip(call.rest(0, "tensors"), call.results, strict=True)
+    ]
+
+
+@rule("repeat", "tile")
+def repeat(call: Call) -> Value:
+    tokens, shape = call.first, call.result
+    counts = [call.number(n) for n in call.rest(1, "repeats", "dims")]
+    counts = [1] * (len(shape) - len(counts)) + counts
+
+    def move(cells: Cells) -> Cells:
+        cells = aligned(cells, len(shape))
+        return np.tile(cells, [n if cells.shape[d] > 1 else 1 for d, n in enumerate(counts)])
+
+    return tokens.moved(shape, move)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(call: Call) -> Value:
+    tokens = call.first
+    count = call.number(call.argument(1, "repeats"))
+    dim = call.dim(call.argument(2, "dim"), len(tokens.shape))
+    return tokens.moved(
+        call.result,
+        lambda cells: cells.repeat(count, dim) if cells.shape[dim] > 1 else cells,
+    )
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> Value:
+    pieces = _pieces(call, call.argument(0, "tensors"))
+    pieces = [tokens for tokens in pieces if tokens.shape != (0,)] or pieces
+    dim = call.dim(call.argument(1, "dim", "axis", default=0), len(pieces[0].shape))
+    return concatenated(pieces, dim)
+
+
+@rule("stack")
+def stack(call: Call) -> Value:
+    pieces = _pieces(call, call.argument(0, "tensors"))
+    dim = call.dim(call.argument(1, "dim", default=0), len(pieces[0].shape) + 1)
+    return concatenated([inserted(tokens, dim) for tokens in pieces], dim)
+
+
+def _pieces(call: Call, argument: Any) -> list[Tokens]:
+    if not isinstance(argument, list | tuple) or not argument:
+        raise Unruled
+    return [call.tokens(item) for item in argument]
+
+
+def along(tokens: Tokens, dim: int, move: Any, length: int) -> Tokens:
+    """The tokens with coordinates moved along one dimension, which then has another length."""
+    shape = (*tokens.shape[:dim], length, *tokens.shape[dim + 1 :])
+    if length == 0:
+        return Tokens(shape, {})
+    return tokens.moved(
+        shape, lambda cells: _without_none(move(cells)) if cells.shape[dim] > 1 else cells
+    )
+
+
+def _without_none(cells: Cells) -> Cells | None:
+    """None if no element has a coordinate, else the array of size 1 where it does not vary."""
+    return None if (cells == NONE).all() else cells
+
+
+def sliced(tokens: Tokens, dim: int, start: int, stop: int, step: int = 1) -> Tokens:
+    """Positions start, start + step, ... before stop, with 0 <= start <= stop <= size."""
+    part = slice(start, stop, step)
+    length = len(range(start, stop, step))
+    if length == tokens.shape[dim]:
+        return tokens
+    at = (slice(None),) * dim + (part,)
+    return along(tokens, dim, lambda cells: compressed(cells[at]), length)
+
+
+@rule("chunk", "split", "split_with_sizes", "tensor_split")
+def split(call: Call) -> Value:
+    tokens = call.first
+    dim = call.dim(call.argument(2, "dim", default=0), len(tokens.shape))
+    result: list[Value] = []
+    start = 0
+    for shape in call.results:
+        result.append(sliced(tokens, dim, start, start + shape[dim]))
+        start += shape[dim]
+    return result
+
+
+@rule("unbind")
+def unbind(call: Call) -> Value:
+    tokens = call.first
+    dim = call.dim(call.argument(1, "dim", default=0), len(tokens.shape))
+    return [selected(tokens, dim, i) for i in range(tokens.shape[dim])]
+
+
+def selected(tokens: Tokens, dim: int, index: int) -> Tokens:
+    if not -tokens.shape[dim] <= index < tokens.shape[dim]:
+        raise Unruled
+    index %= tokens.shape[dim]
+    return removed(sliced(tokens, dim, index, index + 1), [dim])
+
+
+@rule("select")
+def select(call: Call) -> Value:
+    tokens = call.first
+    dim = call.dim(call.argument(1, "dim"), len(tokens.shape))
+    return selected(tokens, dim, call.number(call.argument(2, "index")))
+
+
+@rule("narrow")
+def narrow(call: Call) -> Value:
+    tokens = call.first
+    dim = call.dim(call.argument(1, "dim"), len(tokens.shape))
+    start = call.number(call.argument(2, "start")) % max(tokens.shape[dim], 1)
+    return sliced(tokens, dim, start, start + call.number(call.argument(3, "length")))
+
+
+@rule("getitem", "__getitem__")
+def getitem(call: Call) -> Value:
+    return indexed(call, call.first, call.argument(1))
+
+
+def indexed(call: Call, tokens: Tokens, index: Any) -> Tokens:
+    """`tensor[index]` for ints, slices, None, Ellipsis and at most one tensor of ints."""
+    items = _spelled_out(index, len(tokens.shape))
+    tensors = sum(tensor_of(item) is not None for item in items)
+    if tensors > 1 or (tensors and any(_is_number(item) for item in items)):
+        raise Unruled  # the picked dimensions may come first
+    dim = 0
+    for item in items:
+        if item is None:
+            tokens = inserted(tokens, dim)
+            dim += 1
+        elif isinstance(item, slice):
+            tokens = sliced(tokens, dim, *bounds(call, item, tokens.shape[dim]))
+            dim += 1
+        elif tensor_of(item) is not None:
+            tokens = picked(call, tokens, dim, item)
+            dim += len(call.tokens(item).shape)
+        else:
+            tokens = selected(tokens, dim, call.number(item))
+    return tokens
+
+
+def _spelled_out(index: Any, rank: int) -> list[Any]:
+    """An index with slices for what `...` and its end leave out."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    missing = rank - sum(item is not None and item is not Ellipsis for item in items)
+    at = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
+    items[at : at + 1] = [slice(None)] * missing
+    return items
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, int) or (isinstance(item, fx.Node) and tensor_of(item) is None)
+
+
+def bounds(call: Call, item: slice, length: int) -> tuple[int, int, int]:
+    """A slice's bounds within a dimension, as numbers."""
+    numbers = [None if n is None else call.number(n) for n in (item.start, item.stop, item.step)]
+    start, stop, step = slice(*numbers).indices(length)
+    if step < 1:
+        raise Unruled
+    return start, max(start, stop), step
+
+
+def picked(call: Call, tokens: Tokens, dim: int, index: fx.Node) -> Tokens:
+    """The positions along a dimension that a tensor of ints names.
+
+    Where its values are not known, what is picked is not, either; but it lies as the ints do.
+    """
+    tensor = tensor_of(index)
+    if tensor is None or tensor.dtype not in _WHOLE:
+        raise Unruled
+    where = call.tokens(index)
+    shape = (*tokens.shape[:dim], *where.shape, *tokens.shape[dim + 1 :])
+    if 0 in shape:
+        return Tokens(shape, {})
+    rank = len(where.shape)
+    values = call.index(index)
+    if values is not None:
+        values = _within(values, tokens.shape[dim])
+
+        def move(cells: Cells) -> Cells:
+            if cells.shape[dim] == 1:
+                return cells.reshape((*cells.shape[:dim], *(1,) * rank, *cells.shape[dim + 1 :]))
+            return cells.take(values, dim)
+
+        return tokens.moved(shape, move)
+    taken = (
+        call.opaque([tokens], shape)
+        if _depends_on(tokens, dim)
+        else _stretched(tokens, dim, rank, shape)
+    )
+    after = len(tokens.shape) - dim - 1
+    lies = where.moved(
+        (*where.shape, *(1,) * after), lambda cells: cells.reshape(*cells.shape, *(1,) * after)
+    )
+    return elementwise([taken, lies])
+
+
+def _depends_on(tokens: Tokens, dim: int) -> bool:
+    return any(
+        array is not None and array.shape[dim] > 1
+        for axes in tokens.cells.values()
+        for array in axes
+    )
+
+
+def _stretched(tokens: Tokens, dim: int, rank: int, shape: tuple[int, ...]) -> Tokens:
+    return tokens.moved(
+        shape,
+        lambda cells: cells.reshape((*cells.shape[:dim], *(1,) * rank, *cells.shape[dim + 1 :])),
+    )
+
+
+def _within(values: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    if ((values < -length) | (values >= length)).any():
+        raise Unruled
+    return values % length
+
+
+@rule("index_select")
+def index_select(call: Call) -> Value:
+    tokens = call.first
+    dim = call.dim(call.argument(1, "dim"), len(tokens.shape))
+    return picked(call, tokens, dim, call.argument(2, "index"))
+
+
+@rule("gather", "take_along_dim")
+def gather(call: Call) -> Value:
+    tokens = call.first
+    if call.node.target is torch.take_along_dim or call.node.target == "take_along_dim":
+        index, dim = call.argument(1, "indices"), call.argument(2, "dim")
+    else:
+        dim, index = call.argument(1, "dim"), call.argument(2, "index")
+    values = call.index(index)
+    at = call.dim(dim, len(tokens.shape))
+    shape = call.result
+    if values is None or values.ndim != len(shape):
+        raise Unruled
+    where = compressed(_within(values, tokens.shape[at]).astype(np.int32))
+
+    def move(cells: Cells) -> Cells:
+        if cells.shape[at] == 1:
+            return cells
+        # Other dimensions broadcast; those of the operand may be longer than the index's.
+        short = cells[
+            tuple(
+                slice(None) if d == at or cells.shape[d] == 1 else slice(0, n)
+                for d, n in enumerate(shape)
+            )
+        ]
+        common = np.broadcast_shapes(
+            *((*a.shape[:at], 1, *a.shape[at + 1 :]) for a in (short, where))
+        )
+        return np.take_along_axis(
+            np.broadcast_to(short, (*common[:at], short.shape[at], *common[at + 1 :])),
+            np.broadcast_to(where, (*common[:at], where.shape[at], *common[at + 1 :])),
+            at,
+        )
+
+    if where.shape[at] == 1 and shape[at] > 1:  # one position, picked again and again
+        where = expanded(where, shape, [at])
+    return tokens.moved(shape, move)
+
+
+@rule("roll")
+def roll(call: Call) -> Value:
+    tokens = call.first
+    shifts, dims = call.argument(1, "shifts"), call.argument(2, "dims", default=())
+    places = call.dims(dims if isinstance(dims, list | tuple) else (dims,), len(tokens.shape))
+    counts = shifts if isinstance(shifts, list | tuple) else (shifts,)
+    if not places or len(places) != len(counts):
+        raise Unruled
+    for dim, count in zip(places, counts, strict=True):
+        tokens = _rolled(tokens, dim, call.number(count))
+    return tokens
+
+
+def _rolled(tokens: Tokens, dim: int, count: int) -> Tokens:
+    return along(tokens, dim, lambda cells: np.roll(cells, count, dim), tokens.shape[dim])
+
+
+@rule("flip", "fliplr", "flipud")
+def flip(call: Call) -> Value:
+    tokens = call.first
+    name = str(getattr(call.node.target, "__name__", call.node.target))
+    named = {"fliplr": (1,), "flipud": (0,)}.get(name)
+    dims = named or call.dims(list(call.rest(1, "dims")), len(tokens.shape))
+    return tokens.moved(tokens.shape, lambda cells: np.flip(cells, dims))
+
+
+@rule("unfold")
+def unfold(call: Call) -> Value:
+    tokens, shape = call.first, call.result
+    if len(shape) != len(tokens.shape) + 1:
+        raise Unruled  # of images (im2col)
+    dim = call.dim(call.argument(1, "dimension"), len(tokens.shape))
+    size, step = (call.number(call.argument(i, name)) for i, name in ((2, "size"), (3, "step")))
+
+    def move(cells: Cells) -> Cells:
+        if cells.shape[dim] == 1:
+            return np.expand_dims(cells, -1)
+        windows = np.lib.stride_tricks.sliding_window_view(cells, size, dim)
+        return windows[(slice(None),) * dim + (slice(None, None, step),)]
+
+    return tokens.moved(shape, move)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(call: Call) -> Value:
+    tokens, shape = call.first, call.result
+    factor = call.number(call.argument(1, "upscale_factor", "downscale_factor"))
+    *batch, channels, height, width = tokens.shape
+    rank, back = len(batch), (len(batch) + i for i in range(5))
+    a, b, c, d, e = back
+    if shape[-1] > width:
+        parts = (*batch, channels // factor**2, factor, factor, height, width)
+        order = (*range(rank), a, d, b, e, c)
+    else:
+        parts = (*batch, channels, height // factor, factor, width // factor, factor)
+        order = (*range(rank), a, c, e, b, d)
+    apart = tokens.moved(parts, lambda cells: reshaped(cells, tokens.shape, parts))
+    turned = permuted(apart, order)
+    moved = turned.moved(shape, lambda cells: reshaped(cells, turned.shape, shape))
+    note_patches(moved)
+    return moved
+
+
+@rule("pad")
+def pad(call: Call) -> Value:
+    tokens = call.first
+    amounts = [call.number(n) for n in call.argument(1, "pad")]
+    mode = call.argument(2, "mode", default="constant")
+    for i in range(len(amounts) // 2):
+        dim = len(tokens.shape) - 1 - i
+        before, after = amounts[2 * i : 2 * i + 2]
+        if before == after == 0:
+            continue
+        if before < 0 or after < 0:
+            length = tokens.shape[dim]
+            tokens = sliced(tokens, dim, max(-before, 0), length - max(-after, 0))
+            before, after = max(before, 0), max(after, 0)
+        if mode == "constant":
+            tokens = concatenated(
+                [
+                    Tokens((*tokens.shape[:dim], n, *tokens.shape[dim + 1 :]), cells)
+                    for n, cells in ((before, {}), (tokens.shape[dim], tokens.cells), (after, {}))
+                    if n
+                ],
+                dim,
+            )
+        else:
+            tokens = _padded(tokens, dim, before, after, str(mode))
+    return tokens
+
+
+_NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def _padded(tokens: Tokens, dim: int, before: int, after: int, mode: str) -> Tokens:
+    if mode not in _NUMPY_MODES:
+        raise Unruled
+    kind: Any = _NUMPY_MODES[mode]
+
+    def move(cells: Cells) -> Cells:
+        widths = [(before, after) if d == dim else (0, 0) for d in range(cells.ndim)]
+        return np.pad(cells, widths, mode=kind)
+
+    return along(tokens, dim, move, tokens.shape[dim] + before + after)
+
+
+@rule("view_as_complex")
+def view_as_complex(call: Call) -> Value:
+    tokens = call.first
+    return elementwise([selected(tokens, len(tokens.shape) - 1, i) for i in range(2)])
+
+
+@rule("view_as_real")
+def view_as_real(call: Call) -> Value:
+    tokens = call.first
+    return widened(inserted(tokens, len(tokens.shape)), call.result)
+
+
+@rule("meshgrid")
+def meshgrid(call: Call) -> Value:
+    tensors = [call.tokens(item) for item in call.rest(0, "tensors")]
+    places = list(range(len(tensors)))
+    if call.node.kwargs.get("indexing", "ij") == "xy" and len(places) > 1:
+        places[:2] = 1, 0
+    shapes = call.results
+
+    def placed(tokens: Tokens, place: int, shape: tuple[int, ...]) -> Tokens:
+        ones = [1] * len(shape)
+        ones[place] = tokens.shape[0] if tokens.shape else 1
+        return tokens.moved(
+            shape,
+            lambda cells: cells.reshape(ones) if cells.size > 1 else cells.reshape([1] * len(ones)),
+        )
+
+    return [placed(*item) for item in zip(tensors, places, shapes, strict=True)]
+
+
+# --- writing in place ----------------------------------------------------------------------------
+
+
+@rule("setitem", "__setitem__")
+def setitem(call: Call) -> Value:
+    """The tokens of the tensor that is written to, after it."""
+    tokens, index, value = call.first, call.argument(1), call.argument(2)
+    written = (
+        call.tokens(value)
+        if isinstance(value, fx.Node) and tensor_of(value) is not None
+        else Tokens((), {})
+    )
+    items = _spelled_out(index, len(tokens.shape))
+    if any(item is None or item is Ellipsis for item in items):
+        raise Unruled
+    if any(tensor_of(item) is not None for item in items):
+        return _set_by_tensor(call, tokens, items, written)
+    where = [
+        slice(*bounds(call, item, n)) if isinstance(item, slice) else call.number(item) % max(n, 1)
+        for item, n in zip(items, tokens.shape, strict=True)
+    ]
+    return overwritten(tokens, where, written)
+
+
+def overwritten(tokens: Tokens, where: Sequence[Any], value: Tokens) -> Tokens:
+    """A tensor after `tensor[where] = value`; `where` has an int or a slice for each dimension."""
+    shape = tokens.shape
+    spans = [
+        range(w, w + 1) if isinstance(w, int) else range(w.start, w.stop, w.step) for w in where
+    ]
+    if any(len(span) == 0 for span in spans):
+        return tokens
+    partial = [d for d, span in enumerate(spans) if len(span) != shape[d]]
+    kept = [d for d, w in enumerate(where) if not isinstance(w, int)]
+    inner = tuple(len(spans[d]) for d in kept)
+    value = widened(value, inner) if value.shape != inner else value
+    # As a tensor of the target's rank.
+    full = [1] * len(shape)
+
+    def spread(cells: Cells) -> Cells:
+        target = list(full)
+        for d, n in zip(kept, cells.shape, strict=True):
+            target[d] = n
+        return cells.reshape(target)
+
+    placed = value.moved([len(span) for span in spans], spread)
+    if not partial:
+        return placed
+    sources = dict.fromkeys([*tokens.cells, *placed.cells])
+    at = tuple(
+        slice(span.start, span.stop, span.step) if d in partial else slice(None)
+        for d, span in enumerate(spans)
+    )
+    cells = {}
+    for source in sources:
+        nothing = (None,) * len(source.extents)
+        old, fresh = tokens.cells.get(source, nothing), placed.cells.get(source, nothing)
+        cells[source] = tuple(
+            _overwritten(one, other, shape, partial, at)
+            for one, other in zip(old, fresh, strict=True)
+        )
+    return Tokens(shape, gathered(cells.items()))
+
+
+def _overwritten(
+    old: Cells | None, fresh: Cells | None, shape: tuple[int, ...], partial: list[int], at: Any
+) -> Cells | None:
+    if old is None and fresh is None:
+        return None
+    if old is not None and fresh is not None and old.shape == fresh.shape and (old == fresh).all():
+        return old
+    none = np.full((1,) * len(shape), NONE)
+    old, fresh = (none if array is None else array for array in (old, fresh))
+    common = list(
+        np.broadcast_shapes(
+            *(tuple(1 if d in partial else n for d, n in enumerate(a.shape)) for a in (old, fresh))
+        )
+    )
+    for d in partial:
+        common[d] = shape[d]
+    result = np.array(np.broadcast_to(old, common))
+    result[at] = fresh
+    return _without_none(compressed(result))
+
+
+def _set_by_tensor(call: Call, tokens: Tokens, items: list[Any], value: Tokens) -> Tokens:
+    """`tensor[:, index] = value`: executed if the index's values are known and all different."""
+    at = next(i for i, item in enumerate(items) if tensor_of(item) is not None)
+    if any(item != slice(None) for i, item in enumerate(items) if i != at):
+        raise Unruled
+    return _copied(call, tokens, at, items[at], value)
+
+
+def _copied(call: Call, tokens: Tokens, dim: int, index: Any, value: Tokens) -> Tokens:
+    values = call.index(index)
+    if values is None or values.ndim != 1 or len(value.shape) > len(tokens.shape):
+        raise Unruled
+    values = _within(values, tokens.shape[dim])
+    if len(np.unique(values)) != len(values):
+        raise Unruled
+    target = (*tokens.shape[:dim], len(values), *tokens.shape[dim + 1 :])
+    value = widened(value, target)
+    # Written into the places that were not written before, then put in order.
+    others = np.setdiff1d(np.arange(tokens.shape[dim]), values)
+    rest = tokens.moved(
+        (*tokens.shape[:dim], len(others), *tokens.shape[dim + 1 :]),
+        lambda cells: cells.take(others, dim) if cells.shape[dim] > 1 else cells,
+    )
+    both = concatenated([value, rest], dim) if len(others) else value
+    order = np.argsort(np.concatenate([values, others]))
+    return along(both, dim, lambda cells: compressed(cells.take(order, dim)), tokens.shape[dim])
+
+
+@rule("index_copy")
+def index_copy(call: Call) -> Value:
+    tokens = call.first
+    dim = call.dim(call.argument(1, "dim"), len(tokens.shape))
+    return _copied(
+        call, tokens, dim, call.argument(2, "index"), call.tokens(call.argument(3, "source"))
+    )
+
+
+@rule("copy")
+def copy(call: Call) -> Value:
+    tokens = call.first
+    return widened(call.tokens(call.argument(1, "src", "other")), tokens.shape)
+
+
+@rule("slice_scatter")
+def slice_scatter(call: Call) -> Value:
+    tokens = call.first
+    dim = call.dim(call.argument(2, "dim", default=0), len(tokens.shape))
+    part = slice(*(call.argument(i, name) for i, name in ((3, "start"), (4, "end"), (5, "step"))))
+    where: list[Any] = [slice(0, n, 1) for n in tokens.shape]
+    where[dim] = slice(*bounds(call, part, tokens.shape[dim]))
+    return overwritten(tokens, where, call.tokens(call.argument(1, "src")))
+
+
+@rule("select_scatter")
+def select_scatter(call: Call) -> Value:
+    tokens = call.first
+    dim = call.dim(call.argument(2, "dim"), len(tokens.shape))
+    where: list[Any] = [slice(0, n, 1) for n in tokens.shape]
+    where[dim] = call.number(call.argument(3, "index")) % max(tokens.shape[dim], 1)
+    return overwritten(tokens, where, call.tokens(call.argument(1, "src")))
+
+
+def written_through(call: Call, held: Value, base: Value) -> Value:
+    """What a tensor, or a tuple of views of one, holds once a view of it holds `held`.
+
+    Args:
+        call: the call that made the view.
+        held: what the view holds now.
+        base: what it was a view of holds otherwise.
+
+    Returns:
+        None if that is not known.
+    """
+    name = operator_name(call.node)
+    try:
+        if isinstance(base, list):
+            index = call.argument(1)
+            if not isinstance(index, int) or not isinstance(held, Tokens):
+                return None
+            return [held if i == index else item for i, item in enumerate(base)]
+        if not isinstance(base, Tokens):
+            return None
+        if isinstance(held, list):
+            return _joined_again(call, name, held, base)
+        if isinstance(held, Tokens):
+            return _lifted(call, name, held, base)
+    except (Unruled, ValueError, IndexError, TypeError):
+        pass
+    return None
+
+
+def _joined_again(call: Call, name: str, held: Sequence[Value], base: Tokens) -> Value:
+    if name not in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind"):
+        return None
+    pieces = [item for item in held if isinstance(item, Tokens)]
+    at = 1 if name == "unbind" else 2
+    dim = call.dim(call.argument(at, "dim", default=0), len(base.shape))
+    if name == "unbind":
+        pieces = [inserted(tokens, dim) for tokens in pieces]
+    whole = concatenated(pieces, dim)
+    return whole if whole.shape == base.shape else None
+
+
+def _lifted(call: Call, name: str, held: Tokens, base: Tokens) -> Value:
+    if name in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "detach"):
+        return base if held is base else _reshaped_back(held, base)
+    if name in ("transpose", "permute"):
+        cells = np.arange(len(base.shape))
+        order = (
+            call.dims(list(call.rest(1, "dims")), len(cells))
+            if name == "permute"
+            else _swapped(call, len(cells))
+        )
+        return permuted(held, [int(i) for i in np.argsort(order)])
+    if name == "getitem":
+        items = _spelled_out(call.argument(1), len(base.shape))
+        if any(item is None or tensor_of(item) is not None for item in items):
+            return None
+        where = [
+            slice(*bounds(call, item, n))
+            if isinstance(item, slice)
+            else call.number(item) % max(n, 1)
+            for item, n in zip(items, base.shape, strict=True)
+        ]
+        return overwritten(base, where, held)
+    return None
+
+
+def _reshaped_back(held: Tokens, base: Tokens) -> Tokens:
+    return held.moved(base.shape, lambda cells: reshaped(cells, held.shape, base.shape))
+
+
+def _swapped(call: Call, rank: int) -> list[int]:
+    order = list(range(rank))
+    one = call.dim(call.argument(1, "dim0", "axis0"), rank)
+    other = call.dim(call.argument(2, "dim1", "axis1"), rank)
+    order[one], order[other] = order[other], order[one]
+    return order
