@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -443,10 +443,18 @@ def gather(call: Call) -> Value:
         raise Unruled
     where = compressed(_within(values, tokens.shape[at]).astype(np.int32))
 
+    if where.shape[at] == 1 and shape[at] > 1:  # one position, picked again and again
+        where = expanded(where, shape, [at])
+    return tokens.moved(shape, _gathering(where, at, shape))
+
+
+def _gathering(where: Cells, at: int, shape: tuple[int, ...]) -> Callable[[Cells], Cells]:
+    """Picks along dimension `at` what `where` says; other dimensions broadcast."""
+
     def move(cells: Cells) -> Cells:
         if cells.shape[at] == 1:
             return cells
-        # Other dimensions broadcast; those of the operand may be longer than the index's.
+        # Those of the operand may be longer than the index's.
         short = cells[
             tuple(
                 slice(None) if d == at or cells.shape[d] == 1 else slice(0, n)
@@ -462,9 +470,7 @@ def gather(call: Call) -> Value:
             at,
         )
 
-    if where.shape[at] == 1 and shape[at] > 1:  # one position, picked again and again
-        where = expanded(where, shape, [at])
-    return tokens.moved(shape, move)
+    return move
 
 
 @rule("roll")
@@ -724,6 +730,28 @@ def index_copy(call: Call) -> Value:
     return _copied(
         call, tokens, dim, call.argument(2, "index"), call.tokens(call.argument(3, "source"))
     )
+
+
+@rule("scatter")
+def scatter(call: Call) -> Value:
+    """Values put where an index says, if it puts one on every place of a dimension."""
+    tokens, index = call.first, call.argument(2, "index")
+    dim = call.dim(call.argument(1, "dim"), len(tokens.shape))
+    values = call.index(index)
+    if values is None or values.shape != tokens.shape:
+        raise Unruled
+    where = _within(values, tokens.shape[dim])
+    order = np.argsort(where, dim)
+    if (np.take_along_axis(where, order, dim) != _counting(where.shape, dim)).any():
+        raise Unruled
+    source = call.tokens(call.argument(3, "src", "value"))
+    return source.moved(
+        tokens.shape, _gathering(compressed(order.astype(np.int32)), dim, tokens.shape)
+    )
+
+
+def _counting(shape: tuple[int, ...], dim: int) -> npt.NDArray[np.int64]:
+    return np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
 
 
 @rule("copy")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from gna_compile.graph.position_ids import grid_from_ids
+from gna_compile.graph.position_ids import grid_from_ids, why_no_grid
 from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells, Source, Tokens, reshaped
 
 Relation = Literal["self", "cross", "unknown"]
@@ -186,20 +186,60 @@ def _compare(one: _Lines | None, other: _Lines | None) -> Relation:
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def _runs(q: _Rows, v: _Rows) -> Iterator[Run]:
-    """The runs of the values' tokens, in order."""
+def _runs(q: _Rows, v: _Rows) -> list[Run]:
+    """The runs of the values' tokens, in order; rows of the batch may be of different sources."""
+    groups = _groups_of_rows(v)
+    found = [list(_runs_of(_only(q, rows), _only(v, rows))) for rows in groups]
+    if not found:
+        return list(_runs_of(q, v))
+    first, *others = found
+    shapes = [(run.size, run.grid, run.axes) for run in first]
+    if any([(run.size, run.grid, run.axes) for run in runs] != shapes for runs in others):
+        return [Run(sum(run.size for run in first), doubt="rows of the batch lie differently")]
+    return first
+
+
+def _groups_of_rows(v: _Rows) -> list[npt.NDArray[np.int64]]:
+    """The rows that have the same sources, if not all have; [] if they have."""
+    marks = []
+    for lines in v.values():
+        for pattern in (p for axis in lines.axes for p in axis if p.shape[0] > 1):
+            marks.append((pattern != NONE).any(1))
+    if not marks or all(mark.all() for mark in marks):
+        return []
+    _, groups = np.unique(np.stack(marks), axis=1, return_inverse=True)
+    groups = groups.reshape(-1)
+    return [np.nonzero(groups == i)[0] for i in range(int(groups.max()) + 1)]
+
+
+def _only(rows: _Rows, chosen: npt.NDArray[np.int64]) -> _Rows:
+    """The lines of some rows."""
+    found = {}
+    for source, lines in rows.items():
+        axes = tuple(tuple(p[chosen] if p.shape[0] > 1 else p for p in axis) for axis in lines.axes)
+        axes = tuple(tuple(p for p in axis if not (p == NONE).all()) for axis in axes)
+        if any(axes):
+            found[source] = _Lines(source, axes)
+    return found
+
+
+def _runs_of(q: _Rows, v: _Rows) -> Iterator[Run]:
     own = [lines for lines in v.values() if lines.source.kind != "table" and lines.varies()]
     n = max((p.shape[1] for lines in own for axis in lines.axes for p in axis), default=0)
     if n == 0:
         return
     present = {lines.source: _present(lines, n) for lines in own}
-    # A source that is only where another one is, too, adds to its tokens and cuts nothing off.
+    # A source that is only where another one is, too, adds to its tokens and cuts nothing off. But
+    # a lattice adds to nothing flat: a table of positions may run on over other tokens.
+    flat = {lines.source for lines in own if not _is_lattice(lines)}
     adding = {
         source
         for source, mask in present.items()
         if any(
-            not (mask.astype(bool) & ~other.astype(bool)).any() and mask.sum() < other.sum()
-            for other in present.values()
+            not (mask.astype(bool) & ~present[other].astype(bool)).any()
+            and mask.sum() < present[other].sum()
+            and (source in flat or other not in flat)
+            for other in present
         )
     }
     cuts = sorted(
@@ -213,7 +253,7 @@ def _runs(q: _Rows, v: _Rows) -> Iterator[Run]:
             ),
         }
     )
-    runs = []
+    runs: list[tuple[Run, Source | None]] = []
     for start, stop in pairwise(cuts):
         main = [
             lines for lines in own if lines.source not in adding and present[lines.source][start]
@@ -242,32 +282,38 @@ def _present(lines: _Lines, n: int) -> npt.NDArray[np.int8]:
 
 
 def _doubted(
-    runs: Sequence[Run],
+    runs: Sequence[tuple[Run, Source | None]],
     cuts: Sequence[int],
     own: Sequence[_Lines],
     present: dict[Source, npt.NDArray[np.int8]],
 ) -> Iterator[Run]:
-    """The runs, in doubt where tokens of unknown order may be those of another run's lattice."""
-    for i, run in enumerate(runs):
-        if run.grid is None:
-            yield run
-            continue
-        here = {s for s, mask in present.items() if mask[cuts[i]]}
-        roots = frozenset(root for source in here for root in source.all_roots)
-        for j, other in enumerate(runs):
-            there = {s for s, mask in present.items() if mask[cuts[j]]}
-            shared = any(
-                source in here or (source.kind == "opaque" and source.all_roots & roots)
-                for source in there
-            )
-            if i != j and shared and other.grid is None:
-                run = replace(
-                    run,
-                    grid=None,
-                    doubt="tokens beside the grid come from the same source as those on it",
-                )
-                break
+    """The runs, in doubt where what lies beside a grid may be no global tokens.
+
+    They are if they come from other inputs, and from none that is a lattice itself.
+    """
+    for i, (run, main) in enumerate(runs):
+        for j, (other, _) in enumerate(runs):
+            if run.grid is None or main is None or i == j or other.grid is not None:
+                continue
+            there = [line for line in own if present[line.source][cuts[j] : cuts[j + 1]].any()]
+            if any(
+                line.source is main
+                or (line.source.kind == "opaque" and line.source.all_roots & main.all_roots)
+                or _is_lattice(line)
+                for line in there
+            ):
+                why = "tokens beside the grid are cells of a lattice, too"
+                run = replace(run, grid=None, doubt=why)
         yield run
+
+
+def _is_lattice(lines: _Lines) -> bool:
+    """Whether a source's tokens lie on axes of space, in whatever order."""
+    source = lines.source
+    if source.kind == "opaque":
+        return any(root.is_image or len(root.spatial) > 1 for root in source.all_roots)
+    there = {i for i, axis in enumerate(lines.axes) if axis}
+    return len(source.spatial & there) > 1 or (source.is_image and len(there - {0, 1}) > 1)
 
 
 def _run(
@@ -277,11 +323,15 @@ def _run(
     adding: Sequence[_Lines],
     q: _Rows,
     present: dict[Source, npt.NDArray[np.int8]],
-) -> Run:
-    """What the tokens start .. stop are: cells of `own`, to some of which `adding` was added."""
+) -> tuple[Run, Source | None]:
+    """What the tokens start .. stop are: cells of `own`, to some of which `adding` was added.
+
+    Returns:
+        The run, and the source whose cells show its grid.
+    """
     size = stop - start
     if not own:
-        return Run(size)
+        return Run(size), None
     orders = [_order(lines, start, stop) for lines in own]
     # Where one source's tokens are in order, another's may count along some of its axes only.
     beside = [
@@ -294,48 +344,62 @@ def _run(
         part = _order(lines, int(there[0]), int(there[-1]) + 1)
         if part.trouble:
             orders.append(part)
-    run = Run(size, has_tokens=True)
     for order in orders:
         if order.trouble:
-            return replace(
-                run,
-                disorder=order.trouble if order.is_known else "",
-                doubt="" if order.is_known else order.trouble,
-            )
-    best = max(orders, key=lambda o: (o.grid is not None, len(o.axes)))
+            known, unknown = (order.trouble, "") if order.is_known else ("", order.trouble)
+            return Run(size, disorder=known, doubt=unknown, has_tokens=True), None
+    best = max(
+        orders, key=lambda o: (o.grid is not None, len(o.axes), -int(present[o.source].sum()))
+    )
     if not best.axes and size > 1:
-        return replace(run, disorder="all of them are one token")
-    run = replace(run, axes=best.lengths, grid=best.grid, why=f"graph: {best.source.name}")
-    lattices = {o.lengths for o in orders if len(o.lengths) > 1}
-    if len(lattices) > 1 or len({o.grid for o in orders if o.grid is not None}) > 1:
-        both = " and as ".join(sorted(times(lengths) for lengths in lattices))
-        return replace(run, grid=None, doubt=f"the tokens are used as {both}")
-    roots = frozenset(root for lines in own for root in lines.source.all_roots)
+        return Run(size, disorder="all of them are one token", has_tokens=True), None
+    run = Run(size, best.grid, best.lengths, f"graph: {best.source.name}", has_tokens=True)
     own = [*own, *adding]
+    everything = [lines for lines in q.values() if lines.varies()]
     sources = {lines.source for lines in own}
-    extra = [lines for source, lines in q.items() if source not in sources and lines.varies()]
-    for lines in (*own, *extra):
-        if lines.source.kind == "opaque" and _mixes(lines, own, roots):
-            return replace(
-                run, grid=None, doubt=f"`{lines.source.name}` may have put tokens in another order"
-            )
-    if best.grid is not None and len(best.grid) > MAX_AXES:
-        return replace(
-            run,
-            grid=None,
-            doubt=f"the tokens lie on {len(best.grid)} axes, {times(best.grid)}",
-        )
+    extra = [lines for lines in everything if lines.source not in sources]
+    doubt = _several_lattices(orders) or _reordered(own, extra)
+    if run.grid is not None and len(run.grid) > MAX_AXES:
+        doubt = doubt or f"the tokens lie on {len(run.grid)} axes, {times(run.grid)}"
+    if doubt:
+        return replace(run, grid=None, doubt=doubt), None
     if run.grid is None and len(run.axes) == 1:
-        run = _shown(run, best, start, stop, [lines for lines in q.values() if lines.varies()])
+        run = _shown(run, best, start, stop, everything)
+    elif run.grid is not None:
+        run = _unless_ids_differ(run, start, stop, everything)
     lattice = run.grid or run.axes
     for lines in (*beside, *extra):
         if lines.source.kind != "table" and not _fits(lines, lattice, start, stop):
-            return replace(
-                run,
-                grid=None,
-                axes=(),
-                doubt=f"`{lines.source.name}` does not lie in the order of the tokens",
-            )
+            doubt = f"`{lines.source.name}` does not lie in the order of the tokens"
+            return replace(run, grid=None, axes=(), doubt=doubt), None
+    return run, best.source
+
+
+def _several_lattices(orders: Sequence[_Order]) -> str:
+    """What is wrong if sources of the same tokens lie on different lattices."""
+    lattices = {o.lengths for o in orders if len(o.lengths) > 1}
+    return f"the tokens are used as {' and as '.join(sorted(map(times, lattices)))}" * (
+        len(lattices) > 1
+    )
+
+
+def _reordered(own: Sequence[_Lines], extra: Sequence[_Lines]) -> str:
+    """What is wrong if an operator that is not understood may have moved some of the tokens."""
+    roots = frozenset(root for lines in own for root in lines.source.all_roots)
+    for lines in (*own, *extra):
+        if lines.source.kind == "opaque" and _mixes(lines, own, roots):
+            return f"`{lines.source.name}` may have put tokens in another order"
+    return ""
+
+
+def _unless_ids_differ(run: Run, start: int, stop: int, beside: Sequence[_Lines]) -> Run:
+    """The run, without its grid if position ids of the same tokens show another."""
+    for lines in beside:
+        if lines.source.values is not None and _covers(lines, start, stop):
+            grid = grid_from_ids(lines.source.values)
+            if grid is None or [n for n in run.grid or () if n > 1] != [n for n in grid if n > 1]:
+                why = why_no_grid(lines.source.values)
+                return replace(run, grid=None, doubt=why, ids=lines.source.node)
     return run
 
 
@@ -482,9 +546,10 @@ def _shown(run: Run, order: _Order, start: int, stop: int, beside: Sequence[_Lin
         if lines.source.values is not None and _covers(lines, start, stop):
             ids = lines.source.node
             grid = grid_from_ids(lines.source.values)
-            if grid is not None:
-                assert ids is not None
-                shown[grid] = f"values of {ids.name}"
+            if grid is None:
+                return replace(run, doubt=why_no_grid(lines.source.values), ids=ids)
+            assert ids is not None
+            shown[grid] = f"values of {ids.name}"
     if not shown and order.source.kind != "opaque":
         grid = _grid_of_tables(beside, start, stop)
         if grid is not None:
