@@ -310,7 +310,7 @@ def _writes_operands(node: fx.Node, target: torch._ops.HigherOrderOperator) -> b
         body: Any = owner
         for part in str(argument.target).split("."):
             body = getattr(body, part, None)
-        if isinstance(body, fx.GraphModule) and _writes_inputs(body.graph):
+        if body is None or (isinstance(body, fx.GraphModule) and _writes_inputs(body.graph)):
             return True
     return False
 
