@@ -1,4 +1,4 @@
-# make demo | test | prove | gpu | fuzz | lint | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
+# make demo | test | prove | gpu | fuzz | hunt | lint | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
 #
 # PYTHON   the interpreter to build on. A torch that it already has and that this package supports is
 #          used as it is, for example on a GPU machine; otherwise $(TORCH) is installed.
@@ -7,6 +7,7 @@
 #          make test TORCH='torch==2.13.0 --index-url <the CPU index from pytorch.org>'
 # VENV     the virtual environment, made when missing.
 # FUZZ_SECONDS how long the native code runs on random problems under sanitizers.
+# HUNT_ARGS    for example HUNT_ARGS='--samples 20000 --seed 0 --wild'.
 # PYTEST_ARGS  replaces "-n auto", for example PYTEST_ARGS='-k wan -x'.
 #
 # Without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder of wheels> make test
@@ -16,6 +17,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto
 FUZZ_SECONDS ?= 20
+HUNT_ARGS ?=
 
 # timm requires torchvision, which nothing here uses and which can replace the installed torch; the
 # rest of what it needs comes with transformers. Hence --no-deps, and no extra in pyproject.toml.
@@ -27,7 +29,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 CXX_FOUND := $(shell command -v $(CXX) || command -v c++ || command -v g++ || command -v clang++)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test prove gpu fuzz lint clean compiler
+.PHONY: demo test prove gpu fuzz hunt lint clean compiler
 
 demo: $(VENV)/.demo compiler
 	$(BIN)/python examples/demo.py
@@ -50,6 +52,10 @@ fuzz: $(VENV)/.dev compiler
 	$(BIN)/python -m cmake -S . -B build/fuzz -DGNA_PYTHON=OFF -DGNA_FUZZ=ON -DGNA_SANITIZE=address,undefined
 	$(BIN)/python -m cmake --build build/fuzz --parallel 2
 	build/fuzz/csrc/cpu/gna_fuzz $(FUZZ_SECONDS)
+
+# Random models of known token order, judged until interrupted.
+hunt: $(VENV)/.test compiler
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/token_programs.py $(HUNT_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

@@ -10,11 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from masked_model import masked
-from models import MODELS, OLD_TORCH, Built, build, inputs_for, main_output
+from masked_model import layout_mask, masked
+from models import MODELS, OLD_TORCH, TRUE_LAYOUTS, Built, build, inputs_for, main_output
 from torch._dynamo.backends.registry import lookup_backend
 
 import gna_compile
@@ -30,6 +29,7 @@ POLICY: dict[str, Any] = {
     "key_mask": "global_tokens",
     "rules": [{"window": "1/2", "stride": 2}],
 }
+NOT_SELF = ("cross-attention", "opaque-attention")
 FUSED = [name for name in MODELS if "mochi" not in name]
 
 
@@ -53,18 +53,15 @@ def table_text(explanation: Explanation) -> str:
 
 
 def masks_of(explanation: Explanation) -> dict[str, torch.Tensor]:
-    masks = {}
-    for row in explanation.rows:
-        if row.decision == "gna":
-            parts = row.layout.split(" + ")
-            index = next(i for i, part in enumerate(parts) if "x" in part)
-            before = sum(int(p) for p in parts[:index])
-            after = sum(int(p) for p in parts[index + 1 :])
-            grid, window, stride = (
-                [int(n) for n in text.split("x")] for text in (parts[index], row.window, row.stride)
-            )
-            masks[row.layer] = oracle.mask(grid, window, stride, prefix=before, suffix=after)
-    return masks
+    return {
+        row.layer: layout_mask(row.layout, sizes(row.window), sizes(row.stride))
+        for row in explanation.rows
+        if row.decision == "gna"
+    }
+
+
+def sizes(text: str) -> list[int]:
+    return [int(n) for n in text.split("x")]
 
 
 def compiled(built: Built, policy: Any = POLICY, **options: Any) -> Any:
@@ -80,6 +77,12 @@ def test_decisions(name: str) -> None:
     built = build(name)
     explanation = gna_compile.explain(built.model, policy=POLICY, quiet=True, **built.inputs)
     assert explanation.rows
+    own = [row for row in explanation.rows if row.reason not in NOT_SELF]
+    true = TRUE_LAYOUTS[name]
+    for i, row in enumerate(own):
+        if row.decision == "gna":
+            assert len(own) == len(true), "which site is which?"
+            assert row.layout == true[i]
     title = f"{type(built.model).__name__} ({name}, {MODELS[name].library})\n"
     golden(f"{name}.decisions.txt", title + table_text(explanation))
 
