@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from gna_compile.phases import PhaseSchedule, current_phase, phase, set_phase
     from gna_compile.policy import Policy, PolicyError, load_policy
     from gna_compile.stamps import prepare, unprepare
+    from gna_compile.verify_layouts import LayoutError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "LayoutError",
     "PhaseSchedule",
     "Policy",
     "PolicyError",
@@ -36,6 +38,7 @@ _HOME = {
     "neighborhood_attention": "gna_compile.ops",
     **dict.fromkeys(["PhaseSchedule", "current_phase", "phase", "set_phase"], "gna_compile.phases"),
     **dict.fromkeys(["Policy", "PolicyError", "load_policy"], "gna_compile.policy"),
+    "LayoutError": "gna_compile.verify_layouts",
     **dict.fromkeys(["prepare", "unprepare"], "gna_compile.stamps"),
     **dict.fromkeys(["Explanation", "explain", "graph_diff"], "gna_compile.explaining"),
 }

@@ -78,7 +78,7 @@ def compile_graph(
         quiet: no warnings about what stays dense.
     """
     from gna_compile.graph.rewrite import copy_with_sites, rewrite
-    from gna_compile.ids_checks import CheckedAgainstIds, ids_checks
+    from gna_compile.ids_checks import CheckedAgainstIds, ids_checks, index_checks
     from gna_compile.report.collect import GraphRecord
     from gna_compile.said_aloud import say
 
@@ -122,8 +122,9 @@ def compile_graph(
     ]
 
     layouts = [d.layout for variant in plan.variants for d in variant if d.is_rewritten]
-    checks = ids_checks(gm, [layout for layout in layouts if layout is not None])
-    if checks:
+    known = [layout for layout in layouts if layout is not None]
+    checks, indices = ids_checks(gm, known), index_checks(gm, known, example_inputs)
+    if checks or indices:
         dense = [not any(d.is_rewritten for d in variant) for variant in plan.variants]
         if True in dense:
             when_ids_differ = runs[dense.index(True)]
@@ -133,10 +134,15 @@ def compile_graph(
                 LoweredWhenCalled(module, lowered) if static else lowered(module, example_inputs)
             )
         runs = [
-            run if is_dense else CheckedAgainstIds(run, when_ids_differ, checks, plan.root)
+            run if is_dense else CheckedAgainstIds(run, when_ids_differ, checks, indices, plan.root)
             for run, is_dense in zip(runs, dense, strict=True)
         ]
-    return runs[0] if len(phases) == 1 else by_phase(runs, phases)
+    run = runs[0] if len(phases) == 1 else by_phase(runs, phases)
+    if options.verify == "layouts":
+        from gna_compile.verify_layouts import Verification, VerifiedAtFirstCall
+
+        return VerifiedAtFirstCall(run, Verification.of(gm, plan.variants))
+    return run
 
 
 @dataclass(frozen=True)

@@ -418,6 +418,8 @@ def _strides(node: torch.fx.Node, transposed: bool = False) -> tuple[int, ...]:
     tensor = node.meta["example_value"]
     if transposed:
         tensor = tensor.transpose(-1, -2)
+    if tensor.ndim > 4:  # the rewrite makes all dimensions before the heads one batch
+        tensor = tensor.flatten(0, tensor.ndim - 4)
     strides = [hint(stride) for stride in tensor.stride()]
     if len(strides) == 3:
         strides.insert(1, strides[0])

@@ -1,4 +1,6 @@
-"""Packed latents: a graph built for one grid must never run on another with as many tokens.
+"""What must hold of a graph's inputs at every call: position ids, and index tensors of modules.
+
+A graph built for one grid must never run on another with as many tokens.
 
 FLUX-like models flatten their latents before the transformer sees them. The grid is visible only
 in the values of the position ids, and Dynamo does not guard on values. So the grid is read from the
@@ -14,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from gna_compile.graph.position_ids import SeenIds
+from gna_compile.graph.position_ids import SeenIds, same_content
 from gna_compile.graph.tokens.layouts import Layout, same_grid, times
 from gna_compile.graph.values import Size, entry_of
 from gna_compile.lower import Lowered
@@ -43,6 +46,23 @@ class IdsCheck:
 
     index: int
     grid: tuple[int | Input, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class IndexCheck:
+    """Position of an index tensor among a graph's inputs, and the values that it must have."""
+
+    index: int
+    values: torch.Tensor
+
+
+def index_checks(
+    gm: fx.GraphModule, layouts: Sequence[Layout], example_inputs: Sequence[Any]
+) -> tuple[IndexCheck, ...]:
+    """Which inputs of `gm` must keep their values for these layouts to be true."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    positions = dict.fromkeys(placeholders.index(node) for x in layouts for node in x.indices)
+    return tuple(IndexCheck(i, example_inputs[i].detach().clone()) for i in positions)
 
 
 def ids_checks(gm: fx.GraphModule, layouts: Sequence[Layout]) -> tuple[IdsCheck, ...]:
@@ -77,6 +97,7 @@ class CheckedAgainstIds:
         rewritten: the lowered, rewritten graph.
         dense: the dense graph, lowered or to be lowered at the first mismatch.
         checks: from `ids_checks`.
+        indices: from `index_checks`.
         root: the compiled module. If it is prepared, a mismatch tells it the grid, so that the
             next call takes it.
     """
@@ -86,14 +107,25 @@ class CheckedAgainstIds:
         rewritten: Lowered,
         dense: Lowered,
         checks: Sequence[IdsCheck],
+        indices: Sequence[IndexCheck],
         root: nn.Module | None,
     ) -> None:
-        self._rewritten, self._dense, self._checks = rewritten, dense, checks
+        self._rewritten, self._dense = rewritten, dense
+        self._checks, self._indices = checks, indices
         self._root = weakref.ref(root) if root is not None else lambda: None
         self._seen = {check.index: SeenIds() for check in checks}
         self._warned: set[tuple[int, ...] | None] = set()
 
     def __call__(self, *inputs: Any) -> Any:
+        for index in self._indices:
+            if not same_content(index.values, inputs[index.index]):
+                if None not in self._warned:
+                    log.warning(
+                        "a buffer that says in which order tokens lie has changed since this graph "
+                        "was compiled: running dense. Compile the model again"
+                    )
+                self._warned.add(None)
+                return self._dense(*inputs)
         for check in self._checks:
             shown = self._seen[check.index].grid(inputs[check.index])
             grid = tuple(s.of(inputs) if isinstance(s, Input) else s for s in check.grid)

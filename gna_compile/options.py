@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from gna_compile.policy import Policy
@@ -30,6 +30,9 @@ class Options:
         inductor: Inductor's own options, as `options=` of `backend="inductor"` takes them.
         verify_masks: assert at run time that masks declared as `key_mask: global_tokens` hide
             nothing on the grid.
+        verify: "layouts" checks at the first call of each graph, on its real inputs, that the tokens
+            of every rewritten attention lie as it claims; a `LayoutError` says where they do not.
+            Nothing is checked by default, nor after the first call.
     """
 
     policy: str | PathLike[str] | Mapping[str, Any] | Policy | None = None
@@ -37,6 +40,7 @@ class Options:
     mode: str | None = None
     inductor: dict[str, Any] | None = None
     verify_masks: bool = False
+    verify: Literal["layouts"] | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -64,6 +68,8 @@ class Options:
             raise OptionsError(
                 f"option 'verify_masks' must be true or false, not {given['verify_masks']!r}"
             )
+        if given.get("verify") not in (None, "layouts"):
+            raise OptionsError(f"option 'verify' must be 'layouts', not {given['verify']!r}")
         settings = cls(**given)
         if settings.inner != "inductor" and (settings.mode or settings.inductor):
             raise OptionsError(

@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,7 +74,10 @@ class Recorder(TorchFunctionMode):
         tensors |= {f"L_inputs_{index}_": part for index, part in enumerate(positional)}
         tensors |= {f"L_{name}_": part for name, part in named.items()}
         for name, tensor in tensors.items():
-            self.bind(self.graph.placeholder(name.replace(".", "_")), tensor)
+            node = self.graph.placeholder(name.replace(".", "_"))
+            if name.startswith("L_self_"):  # as Dynamo notes where an input comes from
+                node._dynamo_source = SimpleNamespace(name=f"L['self'].{name[7:-1]}")
+            self.bind(node, tensor)
             self.inputs.append(tensor)
 
     def bind(self, node: fx.Node, value: Any) -> None:

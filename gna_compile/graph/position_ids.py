@@ -131,7 +131,7 @@ class SeenIds:
         if isinstance(ids, FakeTensor) or ids.is_meta:
             return ()
         seen = self._seen
-        if seen is None or not _is_equal(seen[0], ids):
+        if seen is None or not same_content(seen[0], ids):
             with torch.no_grad():
                 copy = ids.detach().clone()
             # Of the copy, which nothing else can change in between.
@@ -146,6 +146,7 @@ class SeenIds:
         return SeenIds, ()
 
 
-def _is_equal(copy: torch.Tensor, ids: torch.Tensor) -> bool:
+def same_content(copy: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype, device and values; waits for their device."""
     alike = copy.shape == ids.shape and copy.dtype == ids.dtype and copy.device == ids.device
     return alike and torch.equal(copy, ids)

@@ -92,7 +92,7 @@ def _replace(
     _require_same_tensor(output.meta["example_value"], original)
     output.meta["example_value"] = original
     node.replace_all_uses_with(output)
-    _erase_unused(node)
+    erase_unused(node)
 
 
 def _with_one_batch(build: _Builder, operand: fx.Node) -> fx.Node:
@@ -177,7 +177,7 @@ def _require_same_tensor(new: torch.Tensor, old: torch.Tensor) -> None:
         )
 
 
-def _erase_unused(node: fx.Node) -> None:
+def erase_unused(node: fx.Node) -> None:
     """Erases a replaced node, and what only it needed, as far as that has no side effect."""
     pending = [node]
     while pending:

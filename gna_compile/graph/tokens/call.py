@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from gna_compile.graph.tokens.cells import Source, Tokens, lattice
-from gna_compile.graph.tokens.constants import index_values
+from gna_compile.graph.tokens.constants import Buffers, index_values
 from gna_compile.graph.tokens.sizes import Sizes
 from gna_compile.graph.values import argument_of, operator_name, tensor_of
 
@@ -32,8 +32,10 @@ class Call:
         makes_source: set by a rule that made a source: the next equal call makes another one.
     """
 
-    def __init__(self, node: fx.Node, known: Mapping[fx.Node, Value], sizes: Sizes) -> None:
-        self.node, self._known, self.sizes = node, known, sizes
+    def __init__(
+        self, node: fx.Node, known: Mapping[fx.Node, Value], sizes: Sizes, buffers: Buffers
+    ) -> None:
+        self.node, self._known, self.sizes, self._buffers = node, known, sizes, buffers
         self.makes_source = False
 
     @property
@@ -96,7 +98,9 @@ class Call:
 
     def index(self, argument: Any) -> npt.NDArray[np.int64] | None:
         """The values of an index tensor; None if they depend on data."""
-        return index_values(argument, self.sizes) if isinstance(argument, fx.Node) else None
+        if not isinstance(argument, fx.Node):
+            return None
+        return index_values(argument, self.sizes, self._buffers)
 
     @property
     def result(self) -> tuple[int, ...]:

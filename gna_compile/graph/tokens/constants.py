@@ -1,7 +1,7 @@
-"""The values of index tensors that a graph makes of nothing but numbers and sizes.
+"""The values of index tensors that a graph makes of numbers, sizes and buffers.
 
-`arange(n).view(h, w).T.flatten()` is known when compiling, a buffer is not: its values may be
-changed behind the graph's back, and nothing would notice.
+`arange(n).view(h, w).T.flatten()` is known when compiling. A buffer is what it is now: whoever
+rests a layout on its values has to compare them at every call, since nothing else guards them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMES = frozenset(
         *("bitwise_or", "bitwise_xor", "bitwise_not", "and", "or", "xor", "invert", "lshift"),
         *("rshift", "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and"),
         *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze"),
-        *("squeeze", "expand", "expand_as", "repeat", "repeat_interleave", "cat", "stack", "chunk"),
+        *("squeeze", "expand", "repeat", "repeat_interleave", "cat", "stack", "chunk"),
         *(
             "split",
             "unbind",
@@ -43,16 +43,49 @@ _NAMES = frozenset(
         *("tile", "masked_fill", "sum", "prod", "outer", "nonzero", "ravel", "triu", "tril"),
     }
 )
+# Of their second operand only the shape matters, whatever its values are.
+_LIKE = frozenset({"expand_as", "view_as", "reshape_as"})
 
 
 class Unknown(Exception):
     """A value that depends on data."""
 
 
-def index_values(node: fx.Node, sizes: Sizes) -> npt.NDArray[np.int64] | None:
+class Buffers:
+    """The integer tensors among a graph's inputs that belong to its modules.
+
+    Attributes:
+        used: those whose values were looked at.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[fx.Node, torch.Tensor] = {}
+        self._bound: dict[fx.Node, fx.Node] = {}
+        self.used: dict[fx.Node, None] = {}
+
+    def add(self, node: fx.Node, value: torch.Tensor) -> None:
+        """Notes an input of the whole graph and its value."""
+        if value.dtype in _WHOLE and value.numel() <= _MOST_ELEMENTS:
+            self._values[node] = value
+
+    def bind(self, node: fx.Node, operand: fx.Node) -> None:
+        """Notes what an input of a subgraph is in the graph that calls it."""
+        self._bound[node] = operand
+
+    def value(self, node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any]) -> Any:
+        """The value of an input of a graph or subgraph."""
+        if node in self._bound:
+            return _value(self._bound[node], sizes, self, known)
+        if node not in self._values or _is_written(node):
+            raise Unknown
+        self.used[node] = None
+        return self._values[node].detach().cpu()
+
+
+def index_values(node: fx.Node, sizes: Sizes, buffers: Buffers) -> npt.NDArray[np.int64] | None:
     """The values of an integer tensor at these sizes, or None if they depend on data."""
     try:
-        value = _value(node, sizes, {})
+        value = _value(node, sizes, buffers, {})
     except Exception:  # whatever an operator raises: nothing is known then
         return None
     if not isinstance(value, torch.Tensor) or value.dtype not in _WHOLE:
@@ -60,13 +93,15 @@ def index_values(node: fx.Node, sizes: Sizes) -> npt.NDArray[np.int64] | None:
     return value.to(torch.int64).numpy()
 
 
-def _value(node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any]) -> Any:
+def _value(node: fx.Node, sizes: Sizes, buffers: Buffers, known: dict[fx.Node, Any]) -> Any:
     if node in known:
         return known[node]
     example = node.meta.get("example_value")
     if isinstance(example, torch.SymInt | int):
         return sizes.of(example)
-    if node.op not in ("call_function", "call_method") or operator_name(node) not in _NAMES:
+    if node.op == "placeholder":
+        return buffers.value(node, sizes, known)
+    if node.op not in ("call_function", "call_method") or operator_name(node) not in _NAMES | _LIKE:
         raise Unknown
     tensor = tensor_of(node)
     if tensor is not None and (
@@ -76,9 +111,17 @@ def _value(node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any]) -> Any:
     if _is_written(node):
         raise Unknown
 
+    if operator_name(node) in _LIKE and tensor is not None:
+        first = node.args[0]
+        if not isinstance(first, fx.Node):
+            raise Unknown
+        value = _value(first, sizes, buffers, known)
+        shape = sizes.shape(tensor)
+        return value.expand(shape) if operator_name(node) == "expand_as" else value.reshape(shape)
+
     def argument(item: Any) -> Any:
         if isinstance(item, fx.Node):
-            return _value(item, sizes, known)
+            return _value(item, sizes, buffers, known)
         if isinstance(item, torch.SymInt):
             return sizes.of(item)
         if isinstance(item, slice):

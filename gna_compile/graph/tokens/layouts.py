@@ -35,6 +35,7 @@ class Layout:
         grid: one to three sizes, slowest axis first; symbolic where the graph's sizes are.
         source: how it is known: "declared", "graph: <operator>" or "values of <graph input>".
         ids: the graph input whose values gave the grid; they have to be checked at every call.
+        indices: inputs whose values say where tokens were moved to; they, too.
     """
 
     grid: tuple[Size, ...]
@@ -42,6 +43,7 @@ class Layout:
     suffix: Size = 0
     source: str = "graph"
     ids: fx.Node | None = None
+    indices: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,14 @@ class TokenFlow:
             _total(known.segments[index + 1 :]),
             segment.run.why,
             segment.run.ids if segment.run.why.startswith("values of") else None,
+            self.indices,
         )
+
+    @property
+    def indices(self) -> tuple[fx.Node, ...]:
+        """The graph's inputs on whose values what is known rests."""
+        walks = self._walks.values()
+        return tuple(dict.fromkeys(node for walk in walks for node in walk.buffers.used))
 
     # --- readings ---
 
@@ -301,7 +310,7 @@ def resolve(
         known = flow.known(site)
         flow.hold(known)
         refusal = _contradiction(known.segments, grid, prefix)
-        return refusal or Layout(grid, prefix, suffix, "declared", None)
+        return refusal or Layout(grid, prefix, suffix, "declared", None, flow.indices)
     theirs = (shown.grid, shown.prefix, shown.suffix)
     # What ids show is checked at every call, and no reason to hold symbols to it.
     ours = grid if shown.ids is None else tuple(hint(size) for size in grid)
@@ -311,7 +320,7 @@ def resolve(
             f"declared is {_words(grid, prefix, suffix)}, "
             f"the graph shows {_words(*theirs)} ({shown.source})",
         )
-    return Layout(grid, prefix, suffix, "declared", shown.ids)
+    return Layout(grid, prefix, suffix, "declared", shown.ids, shown.indices)
 
 
 def _contradiction(

@@ -510,7 +510,8 @@ def _grid(lines: _Lines, axes: tuple[int, ...], lengths: tuple[int, ...]) -> tup
     if not axes or source.kind == "opaque":
         return None
     rank = len(source.extents)
-    space = set(source.spatial)
+    # The first dimension of an input is the batch's: other samples, whatever runs along it.
+    space = source.spatial - ({0} if rank > 2 else set())
     if source.is_image and not lines.axes[1] and all(lines.axes[2:]):
         space |= set(range(2, rank))
     known = space & set(axes)

@@ -21,6 +21,7 @@ from gna_compile.graph.tokens import movement, space
 from gna_compile.graph.tokens.call import Call, Unruled, Value
 from gna_compile.graph.tokens.cells import Source, Tokens, lattice
 from gna_compile.graph.tokens.compute import attended, rule_for
+from gna_compile.graph.tokens.constants import Buffers
 from gna_compile.graph.tokens.movement import counted, new, written_through
 from gna_compile.graph.tokens.sizes import Sizes
 from gna_compile.graph.values import operator_name, tensor_of, written_by
@@ -72,6 +73,7 @@ class Walk:
     Attributes:
         attentions: for each graph module (by `id`) and node that ends an attention, the operands
             of every call of it.
+        buffers: integer tensors of modules, and which of them were looked at.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Walk:
         self.attentions: dict[tuple[int, fx.Node], list[Operands]] = defaultdict(list)
         self._sizes = sizes
         self._with_tables = with_tables
+        self.buffers = Buffers()
         # Equal calls on the same tokens give the same tokens: layers are looked at once.
         self._results: dict[Any, tuple[Value, list[Tokens]]] = {}
         self._plain: dict[tuple[int, ...], Tokens] = {}
@@ -105,6 +108,8 @@ class Walk:
         if isinstance(value, torch.nn.Parameter) or 0 in shape:
             return self._without_cells(shape)
         if _is_owned(node):
+            if isinstance(value, torch.Tensor):
+                self.buffers.add(node, value)
             return self._table(node, shape)
         source = Source(node.name, "input", shape)
         source.is_image = len(shape) in (4, 5) and tensor.dtype.is_floating_point
@@ -196,7 +201,7 @@ class Walk:
         if key is not None and key in self._results:
             return self._results[key][0]
         rule = rule_for(name)
-        call = Call(node, known, self._sizes)
+        call = self._new_call(node, known)
         value: Value = None
         if rule is counted and not self._with_tables:
             rule = new
@@ -285,12 +290,12 @@ class Walk:
             return None
         if isinstance(value, Tokens) and value.shape == shape:
             return value if value.cells else self._without_cells(shape)
-        return Call(node, known, self._sizes).opaque(operands, shape)
+        return self._new_call(node, known).opaque(operands, shape)
 
     # --- attentions ---
 
     def _fused(self, gm: fx.GraphModule, node: fx.Node, known: Environment) -> None:
-        call = Call(node, known, self._sizes)
+        call = self._new_call(node, known)
         try:
             operands = (
                 call.tokens(call.argument(0, "query")),
@@ -366,8 +371,13 @@ class Walk:
 
     def _enter(self, body: fx.GraphModule, operands: Sequence[Any], known: Environment) -> Value:
         values = [known.get(item) if isinstance(item, fx.Node) else None for item in operands]
-        placeholders = sum(node.op == "placeholder" for node in body.graph.nodes)
-        return self._run(body, values if len(values) == placeholders else None)
+        placeholders = body.graph.find_nodes(op="placeholder")
+        if len(values) != len(placeholders):
+            return self._run(body, None)
+        for node, item in zip(placeholders, operands, strict=True):
+            if isinstance(item, fx.Node):
+                self.buffers.bind(node, item)
+        return self._run(body, values)
 
     # --- writes in place ---
 
@@ -393,7 +403,7 @@ class Walk:
                 result = self._after(node, name, old, known) if len(targets) == 1 else None
             if result is None:
                 operands = list(_tokens_in(known.get(item) for item in node.all_input_nodes))
-                result = Call(node, known, self._sizes).opaque(operands, old.shape)
+                result = self._new_call(node, known).opaque(operands, old.shape)
             if result is not old:
                 self._replace(node, target, result, known, memory)
 
@@ -414,7 +424,7 @@ class Walk:
         own = _views_up(target)
         renewed = {target}
         for view, base in pairwise(own):  # what it is a view of holds it, too
-            lifted = written_through(Call(view, known, self._sizes), known[view], known.get(base))
+            lifted = written_through(self._new_call(view, known), known[view], known.get(base))
             if lifted is None:
                 break
             known[base] = lifted
@@ -435,21 +445,26 @@ class Walk:
                 )
                 renewed.add(other)
             else:
-                known[other] = _spoiled(other, held, result, known, self._sizes)
+                known[other] = self._spoiled(other, held, result, known)
+
+    def _spoiled(
+        self, node: fx.Node, held: Tokens | list[Value], written: Tokens, known: Environment
+    ) -> Value:
+        """What is left of a tensor, or a tuple of them, some of whose memory was written to."""
+        if isinstance(held, list):
+            return [
+                self._spoiled(node, item, written, known)
+                if isinstance(item, Tokens | list)
+                else item
+                for item in held
+            ]
+        return self._new_call(node, known).opaque([held, written], held.shape)
+
+    def _new_call(self, node: fx.Node, known: Environment) -> Call:
+        return Call(node, known, self._sizes, self.buffers)
 
 
 _NO_MODULE: Any = None
-
-
-def _spoiled(
-    node: fx.Node, held: Tokens | list[Value], written: Tokens, known: Environment, sizes: Sizes
-) -> Value:
-    if isinstance(held, list):
-        return [
-            _spoiled(node, item, written, known, sizes) if isinstance(item, Tokens | list) else item
-            for item in held
-        ]
-    return Call(node, known, sizes).opaque([held, written], held.shape)
 
 
 def _is_owned(node: fx.Node) -> bool:
