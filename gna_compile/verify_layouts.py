@@ -42,6 +42,7 @@ _MOST_FITS = 24
 _MOVED, _LARGE = 0.1, 0.5
 """Shares of the largest reaction: a row reacts at all, or as the one that was changed does."""
 _MOST_OF_ROWS = 0.75
+_BLURRED = 5
 _OWNED = re.compile(r"^L\['self'\]\.|_(buffers|modules|parameters)\b")
 
 
@@ -216,15 +217,23 @@ class _Way:
         crossed = sum(a > b for a, b in itertools.combinations(dims, 2))
         return (not self.is_exact, crossed, sum(fit.windows > 1 for fit in self.fits), self.input)
 
-    def region(self, cell: Sequence[int], turn: int, shape: Sequence[int]) -> _Region:
-        """The elements of a cell in one sequence; another one at each turn."""
+    def region(
+        self, cell: Sequence[int], turn: int, shape: Sequence[int], *, is_core: bool = False
+    ) -> _Region:
+        """The elements of a cell in one sequence; another one at each turn.
+
+        Args:
+            is_core: only those in its middle, where patches are shifted by padding.
+        """
         chance = random.Random(turn)
         bounds = [(0, size) for size in shape]
         for fit in self.fits:
             index = 0
             for axis in fit.axes:
                 index = index * self.grid[axis] + cell[axis]
-            bounds[fit.dim] = fit.stretch(index, chance.randrange(fit.windows))
+            start, stop = fit.stretch(index, chance.randrange(fit.windows))
+            margin = (stop - start) // 4 if is_core else 0
+            bounds[fit.dim] = (start + margin, stop - margin)
         for dim in self.batch:
             last = shape[dim] - 1
             index = (last, 0, chance.randint(0, last))[turn % 3]
@@ -366,10 +375,10 @@ class _Trial:
 
     # --- passes ---
 
-    def _react(self, region: _Region) -> list[list[Reactions]]:
+    def _react(self, region: _Region, seed: int = 0) -> list[list[Reactions]]:
         """The reactions of every call to a change of a region."""
         inputs = list(self._inputs)
-        inputs[region.input] = _changed(self._inputs[region.input], region)
+        inputs[region.input] = _changed(self._inputs[region.input], region, seed)
         after = self._probe.run(inputs)
         return [
             [_difference(old, new) for old, new in zip(before, now, strict=True)]
@@ -388,14 +397,15 @@ class _Trial:
             for dim, size in enumerate(shape):
                 if size < 2:
                     continue
-                reactions = self._cut(index, dim, size)
+                reactions = self._cut(index, dim, size // 2)
                 for subject in self._subjects:
-                    mine = self._of(subject, reactions)
-                    kind = _kind(subject, mine[0])
+                    kind = _kind(subject, self._of(subject, reactions)[0])
                     kinds[subject].append((dim, kind))
-                    for name, reaction in zip(OPERANDS, mine, strict=True):
-                        if _kind(subject, reaction) in ("spatial", "cut"):
-                            subject.moves[index].add(name)
+                    self._note_moves(subject, index, reactions)
+                if any(found[-1] == (dim, "cut") for found in kinds.values()):
+                    reactions = self._cut(index, dim, 0)  # keys may all be from the first batch row
+                    for subject in self._subjects:
+                        self._note_moves(subject, index, reactions)
             for subject, found in kinds.items():
                 spatial = tuple(dim for dim, kind in found if kind in ("spatial", "cut"))
                 if spatial:
@@ -405,13 +415,19 @@ class _Trial:
                         tuple(dim for dim, kind in found if kind == "batch"),
                     )
 
-    def _cut(self, index: int, dim: int, size: int) -> list[list[Reactions]]:
+    def _note_moves(self, subject: _Subject, index: int, reactions: list[list[Reactions]]) -> None:
+        for name, reaction in zip(OPERANDS, self._of(subject, reactions), strict=True):
+            if _kind(subject, reaction) in ("spatial", "cut"):
+                subject.moves[index].add(name)
+
+    def _cut(self, index: int, dim: int, start: int) -> list[list[Reactions]]:
         """The reactions to a slab across a dimension, as thin as is felt."""
         shape = self._inputs[index].shape
+        size = shape[dim]
         reactions: list[list[Reactions]] = []
         for length in dict.fromkeys((max(1, size // 64), max(1, size // 8))):
             bounds = [(0, n) for n in shape]
-            bounds[dim] = (size // 2, size // 2 + length)
+            bounds[dim] = (start, start + length)
             reactions = self._react(_Region(index, tuple(bounds)))
             if any(bool(r[0].any()) for calls in reactions for r in calls):
                 break
@@ -442,8 +458,8 @@ class _Trial:
                     subject.failures.append(((True,), self._message(subject, text)))
                 else:
                     subject.doubt = (
-                        f"the grid {times(grid)} does not divide the dimensions of the input "
-                        f"{self._name(index)} that its tokens lie along (of lengths {sizes})"
+                        f"the grid {times(grid)} cannot be laid along the dimensions of the input "
+                        f"{self._name(index)} that move a part of its tokens (of lengths {sizes})"
                     )
         for way in sorted(asked, key=_Way.rank):
             self._try(way, [subject for subject in asked[way] if not subject.verified])
@@ -455,17 +471,21 @@ class _Trial:
             if not subjects:
                 return
             region = way.region(cell, turn, shape)
-            reactions = self._react(region)
-            for subject in list(subjects):
-                mine = self._of(subject, reactions)
-                if not any(bool(reaction.any()) for reaction in mine):
-                    continue
-                felt.add(subject)
-                trouble = _trouble(subject, cell, mine)
-                if not trouble:
-                    continue
-                subjects.remove(subject)
-                where = region.words(self._name(way.input), shape)
+            troubles: dict[_Subject, str] = {}
+            suspects = subjects
+            # Patches may overlap: a change that their weights hardly see shows little.
+            for seed, is_core in enumerate((False, True, False)):
+                part = way.region(cell, turn, shape, is_core=is_core)
+                reactions = self._react(part, seed)
+                found = {s: _trouble(s, cell, self._of(s, reactions)) for s in suspects}
+                felt.update(s for s, trouble in found.items() if trouble is not None)
+                suspects = [s for s, trouble in found.items() if trouble]
+                troubles = {s: troubles.get(s) or found[s] or "" for s in suspects}
+                if not suspects:
+                    break
+            subjects = [subject for subject in subjects if subject not in troubles]
+            where = region.words(self._name(way.input), shape)
+            for subject, trouble in troubles.items():
                 text = f"when cell {cell} was changed ({where}), {trouble}"
                 if way.is_exact:
                     subject.failures.append((way.rank(), self._message(subject, text)))
@@ -538,13 +558,16 @@ class _Trial:
         return self._names[index]
 
 
-def _changed(value: Tensor, region: _Region) -> Tensor:
-    """A copy of an input with other values in a region, apart from the old ones as these differ."""
+def _changed(value: Tensor, region: _Region, seed: int) -> Tensor:
+    """A copy of an input with other values in a region, about as far from the old as these differ.
+
+    Not farther: where layers normalize, a large change of a part is as large as one of the whole.
+    """
     copy = value.detach().clone()
     spread = float(value.detach().float().std())
-    amount = 2 * spread if 0 < spread < math.inf else 1.0
+    amount = spread / 2 if 0 < spread < math.inf else 1.0
     part = copy[tuple(slice(start, stop) for start, stop in region.bounds)]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, part.shape, generator=generator) * 2 - 1
     part += (signs * amount).to(part)
     return copy
@@ -570,8 +593,10 @@ def _kind(subject: _Subject, reaction: Tensor) -> str:
     return "batch" if is_parted else "all"
 
 
-def _trouble(subject: _Subject, cell: Sequence[int], reactions: Reactions) -> str:
-    """What is wrong with the reactions to a change of a cell, in words; "" if nothing is."""
+def _trouble(subject: _Subject, cell: Sequence[int], reactions: Reactions) -> str | None:
+    """What is wrong with the reactions to a change of a cell; "" if nothing is, None without any."""
+    if not any(bool(reaction.any()) for reaction in reactions):
+        return None
     grid, prefix = subject.claim
     row = prefix
     for index, stride in zip(cell, _strides(grid), strict=True):
@@ -582,7 +607,7 @@ def _trouble(subject: _Subject, cell: Sequence[int], reactions: Reactions) -> st
         if strongest == 0:
             return f"{expected}, but none of the {name} did"
         large = of_rows >= _LARGE * strongest
-        if row >= len(large) or not bool(large[row]):
+        if row >= len(large) or not (bool(large[row]) or _is_blurred(subject, of_rows, row)):
             return f"{expected}, but of the {name} {_listed(large)} did"
         far = large & _is_far(subject, cell)
         if bool(far.any()):
@@ -599,6 +624,17 @@ def _trouble(subject: _Subject, cell: Sequence[int], reactions: Reactions) -> st
                 )
                 return f"{expected} in the same batch rows, but of the queries {mine} did, of the {name} {yours}"
     return ""
+
+
+def _is_blurred(subject: _Subject, of_rows: Tensor, row: int) -> bool:
+    """Whether a row is one of several cells that convolutions spread a change to, and no others."""
+    grid, prefix = subject.claim
+    strongest = of_rows.max()
+    moved = of_rows >= _MOVED * strongest
+    on_grid = moved[prefix : prefix + math.prod(grid)]
+    large = int((of_rows >= _LARGE * strongest).sum())
+    large_on_grid = int((subject.on_grid(of_rows[None]) >= _LARGE * strongest).sum())
+    return bool(moved[row]) and int(on_grid.sum()) >= _BLURRED and large == large_on_grid
 
 
 def _strides(grid: Sequence[int]) -> list[int]:
