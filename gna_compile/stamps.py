@@ -287,7 +287,8 @@ def model_around(root: nn.Module | None) -> nn.Module | None:
     around = [root] if root is not None else []
     frame = sys._getframe()
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        # Looking at a frame's variables keeps them alive until it returns: only where it matters.
+        owner = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
         if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch._dynamo"):
             around.append(owner)
         frame = frame.f_back  # type: ignore[assignment]

@@ -41,8 +41,11 @@ _RANDOM_CELLS = 4
 _MOST_FITS = 24
 _MOVED, _LARGE = 0.1, 0.5
 """Shares of the largest reaction: a row reacts at all, or as the one that was changed does."""
+_DRAWS = 3
 _MOST_OF_ROWS = 0.75
-_BLURRED = 5
+"""The rows that a slab across a dimension moves are no part of all if they are more."""
+_ALONG = 2
+"""How far along a sequence a convolution may spread a change."""
 _OWNED = re.compile(r"^L\['self'\]\.|_(buffers|modules|parameters)\b")
 
 
@@ -97,8 +100,6 @@ class Verification:
     @staticmethod
     def of(gm: fx.GraphModule, variants: Sequence[Sequence[Decision]]) -> Verification:
         """The check of what any variant of a graph rewrites."""
-        from gna_compile.reasons import Reason
-
         rewritten: dict[Any, list[Layout]] = {}
         named: dict[Any, tuple[str, str]] = {}
         for decision in itertools.chain.from_iterable(variants):
@@ -109,9 +110,8 @@ class Verification:
             named.setdefault(decision.site, (decision.layer, layout.source))
             if not any(_is_same(layout, other) for other in known):
                 known.append(layout)
-        others = [d.site for d in variants[0] if d.reason is not Reason.CROSS_ATTENTION]
         names = tuple(map(_name_of_input, gm.graph.find_nodes(op="placeholder")))
-        probe = Probe(gm, list(rewritten.items()), others)
+        probe = Probe(gm, list(rewritten.items()), [d.site for d in variants[0]])
         return Verification(probe, tuple(named.values()), names)
 
     def __call__(self, inputs: Sequence[Any]) -> None:
@@ -183,7 +183,7 @@ def _fits(
     cells = math.prod(grid[axis] for axis in axes)
     fit = partial(_Fit, dim, size, axes, cells)
     if size % cells:
-        return [fit(0)] if len(axes) == 1 else []
+        return [fit(0)] if len(axes) == 1 and size > cells else []
     ratio = size // cells
     found = [fit(ratio)]
     if is_cut:
@@ -313,7 +313,10 @@ class _Subject:
         place, call: which.
         shown: for each input along which its queries vary, how.
         moves: for each input, the operands that vary with it from token to token.
-        failures: what spoke against the claim, the most usual way first.
+        feels: for each input, the operands that depend on it.
+        passed: the inputs in which the grid lies as claimed.
+        failures: for each input in which it does not, why, by the most usual way; None where
+            that does not come from one input alone.
         verified: whether it holds.
         doubt: why nothing can be said.
     """
@@ -324,7 +327,9 @@ class _Subject:
     tokens: int
     shown: dict[int, _Dimensions] = field(default_factory=dict)
     moves: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
-    failures: list[tuple[tuple[Any, ...], str]] = field(default_factory=list)
+    feels: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    passed: set[int] = field(default_factory=set)
+    failures: dict[int | None, str] = field(default_factory=dict)
     verified: bool = False
     doubt: str = "no floating input of the graph moves its tokens one by one"
 
@@ -365,12 +370,22 @@ class _Trial:
         self._look_at_dimensions()
         self._try_ways()
         for subject in self._subjects:
-            if subject.verified:
+            if subject.passed:
                 self._compare_ids(subject)
             elif not subject.failures:
                 self._compare_operands(subject)
-            if not subject.verified and subject.failures:
-                raise LayoutError(min(subject.failures, key=lambda item: item[0])[1])
+        for subject in self._subjects:
+            # Where one input shows more axes than another, that is the one to be asked.
+            axes = {index: len(shown.spatial) for index, shown in subject.shown.items()}
+            most = max((axes[index] for index in subject.passed), default=0)
+            against = [
+                why
+                for index, why in subject.failures.items()
+                if index is None or axes[index] >= most
+            ]
+            if against:
+                raise LayoutError(against[0])
+            subject.verified = bool(subject.passed)
         self._report()
 
     # --- passes ---
@@ -393,31 +408,46 @@ class _Trial:
     def _look_at_dimensions(self) -> None:
         for index in self._candidates:
             shape = self._inputs[index].shape
+            # Some rows feel more of any change than others: what they feel of all is the measure.
+            everything = self._react_often(_Region(index, tuple((0, size) for size in shape)))
             kinds: dict[_Subject, list[tuple[int, str]]] = defaultdict(list)
             for dim, size in enumerate(shape):
                 if size < 2:
                     continue
                 reactions = self._cut(index, dim, size // 2)
                 for subject in self._subjects:
-                    kind = _kind(subject, self._of(subject, reactions)[0])
-                    kinds[subject].append((dim, kind))
-                    self._note_moves(subject, index, reactions)
-                if any(found[-1] == (dim, "cut") for found in kinds.values()):
+                    found = self._kinds(subject, reactions, everything)
+                    kinds[subject].append((dim, found[0]))
+                    self._note_moves(subject, index, found)
+                if any(looks[-1] == (dim, "cut") for looks in kinds.values()):
                     reactions = self._cut(index, dim, 0)  # keys may all be from the first batch row
                     for subject in self._subjects:
-                        self._note_moves(subject, index, reactions)
-            for subject, found in kinds.items():
-                spatial = tuple(dim for dim, kind in found if kind in ("spatial", "cut"))
+                        found = self._kinds(subject, reactions, everything)
+                        self._note_moves(subject, index, found)
+            for subject, looks in kinds.items():
+                spatial = tuple(dim for dim, kind in looks if kind in ("spatial", "cut"))
                 if spatial:
                     subject.shown[index] = _Dimensions(
                         spatial,
-                        frozenset(dim for dim, kind in found if kind == "cut"),
-                        tuple(dim for dim, kind in found if kind == "batch"),
+                        frozenset(dim for dim, kind in looks if kind == "cut"),
+                        tuple(dim for dim, kind in looks if kind == "batch"),
                     )
 
-    def _note_moves(self, subject: _Subject, index: int, reactions: list[list[Reactions]]) -> None:
-        for name, reaction in zip(OPERANDS, self._of(subject, reactions), strict=True):
-            if _kind(subject, reaction) in ("spatial", "cut"):
+    def _kinds(
+        self,
+        subject: _Subject,
+        reactions: list[list[Reactions]],
+        everything: list[list[Reactions]],
+    ) -> list[str]:
+        """What a dimension is to the queries, keys and values."""
+        pairs = zip(self._of(subject, reactions), self._of(subject, everything), strict=True)
+        return [_kind(subject, reaction, whole) for reaction, whole in pairs]
+
+    def _note_moves(self, subject: _Subject, index: int, kinds: Sequence[str]) -> None:
+        for name, kind in zip(OPERANDS, kinds, strict=True):
+            if kind:
+                subject.feels[index].add(name)
+            if kind in ("spatial", "cut"):
                 subject.moves[index].add(name)
 
     def _cut(self, index: int, dim: int, start: int) -> list[list[Reactions]]:
@@ -428,10 +458,18 @@ class _Trial:
         for length in dict.fromkeys((max(1, size // 64), max(1, size // 8))):
             bounds = [(0, n) for n in shape]
             bounds[dim] = (start, start + length)
-            reactions = self._react(_Region(index, tuple(bounds)))
+            reactions = self._react_often(_Region(index, tuple(bounds)))
             if any(bool(r[0].any()) for calls in reactions for r in calls):
                 break
         return reactions
+
+    def _react_often(self, region: _Region) -> list[list[Reactions]]:
+        """The mean reactions to several changes of a region: one alone may cancel out in a row."""
+        draws = [self._react(region, seed) for seed in range(_DRAWS)]
+        return [
+            [_mean([draw[place][number] for draw in draws]) for number in range(len(calls))]
+            for place, calls in enumerate(draws[0])
+        ]
 
     # --- whether cells move their rows ---
 
@@ -455,14 +493,14 @@ class _Trial:
                         f"{self._name(index)} (of lengths {sizes}), of which a cell of a grid with "
                         "so few axes cannot be one place"
                     )
-                    subject.failures.append(((True,), self._message(subject, text)))
+                    subject.failures[index] = self._message(subject, text)
                 else:
                     subject.doubt = (
                         f"the grid {times(grid)} cannot be laid along the dimensions of the input "
                         f"{self._name(index)} that move a part of its tokens (of lengths {sizes})"
                     )
         for way in sorted(asked, key=_Way.rank):
-            self._try(way, [subject for subject in asked[way] if not subject.verified])
+            self._try(way, [s for s in asked[way] if way.input not in s.passed])
 
     def _try(self, way: _Way, subjects: list[_Subject]) -> None:
         shape = self._inputs[way.input].shape
@@ -488,12 +526,14 @@ class _Trial:
             for subject, trouble in troubles.items():
                 text = f"when cell {cell} was changed ({where}), {trouble}"
                 if way.is_exact:
-                    subject.failures.append((way.rank(), self._message(subject, text)))
+                    subject.failures.setdefault(way.input, self._message(subject, text))
                 else:
                     subject.doubt = f"its cells do not divide an input evenly; {text}"
         for subject in subjects:
-            subject.verified = subject in felt
-            if not subject.verified:
+            if subject in felt:
+                subject.passed.add(way.input)
+                subject.failures.pop(way.input, None)
+            else:
                 subject.doubt = f"nothing moves with cells of the input {self._name(way.input)}"
 
     # --- what is left ---
@@ -503,7 +543,7 @@ class _Trial:
         if set(OPERANDS) in subject.moves.values():
             return
         for index, moved in subject.moves.items():
-            for name in set(OPERANDS) - moved:
+            for name in set(OPERANDS) - subject.feels[index]:
                 other = [i for i, names in subject.moves.items() if name in names and i != index]
                 if "queries" not in moved or not (other or len(moved) == 2):
                     continue
@@ -514,7 +554,7 @@ class _Trial:
                     f"its queries vary from token to token with the input {self._name(index)}, "
                     f"its {name} {with_what}: they are not the same tokens"
                 )
-                subject.failures.append(((False,), self._message(subject, text)))
+                subject.failures.setdefault(None, self._message(subject, text))
 
     def _compare_ids(self, subject: _Subject) -> None:
         """Holds the axes of a grid against position ids, if there are any of as many tokens."""
@@ -525,8 +565,7 @@ class _Trial:
             shown = one_grid(runs_from_ids(value)) if value.shape[-2] == math.prod(grid) else None
             if shown is not None and not same_grid(shown, grid):
                 text = f"the input {name} shows {times(shown)}"
-                subject.verified = False
-                subject.failures.append(((False,), self._message(subject, text)))
+                subject.failures.setdefault(None, self._message(subject, text))
 
     def _report(self) -> None:
         layers: dict[str, list[str]] = defaultdict(list)
@@ -579,16 +618,28 @@ def _difference(before: Call, after: Call) -> Reactions:
     return one, other, third
 
 
-def _kind(subject: _Subject, reaction: Tensor) -> str:
-    """What a dimension is, by the reaction to a slab across it; "" if nothing reacts."""
-    on_grid = subject.on_grid(reaction)
-    if on_grid.numel() == 0:
+def _mean(draws: Sequence[Reactions]) -> Reactions:
+    one, other, third = (torch.stack(same).mean(0) for same in zip(*draws, strict=True))
+    return one, other, third
+
+
+def _kind(subject: _Subject, reaction: Tensor, whole: Tensor) -> str:
+    """What a dimension is, by the reaction to a slab across it; "" if nothing reacts.
+
+    Args:
+        whole: the reaction to a change of all of the input.
+    """
+    on_grid, of_all = subject.on_grid(reaction), subject.on_grid(whole)
+    if on_grid.numel() == 0 or not bool(on_grid.any()):
         return ""
-    moved = on_grid > _MOVED * reaction.max()
-    if not bool(moved.any()):
-        return ""
-    is_parted = not bool(moved.any(1).all())
-    if float(moved.any(0).float().mean()) < _MOST_OF_ROWS:
+    felt = of_all > _MOVED / 10 * whole.max()
+    if float(felt.any(0).float().mean()) < _MOST_OF_ROWS:
+        return ""  # it reaches the grid from elsewhere, across an edge
+    shares = torch.where(felt, on_grid / of_all, 0.0)
+    moved = shares > _MOVED * shares.max()
+    is_parted = not bool((moved.any(1) | ~felt.any(1)).all())
+    share = float(moved.any(0).sum()) / float(felt.any(0).sum())
+    if share < _MOST_OF_ROWS:
         return "cut" if is_parted else "spatial"
     return "batch" if is_parted else "all"
 
@@ -598,9 +649,7 @@ def _trouble(subject: _Subject, cell: Sequence[int], reactions: Reactions) -> st
     if not any(bool(reaction.any()) for reaction in reactions):
         return None
     grid, prefix = subject.claim
-    row = prefix
-    for index, stride in zip(cell, _strides(grid), strict=True):
-        row += index * stride
+    row = prefix + sum(i * stride for i, stride in zip(cell, _strides(grid), strict=True))
     expected = f"row {row} was expected to react"
     for name, reaction in zip(OPERANDS, reactions, strict=True):
         strongest, of_rows = float(reaction.max()), reaction.amax(0)
@@ -627,14 +676,11 @@ def _trouble(subject: _Subject, cell: Sequence[int], reactions: Reactions) -> st
 
 
 def _is_blurred(subject: _Subject, of_rows: Tensor, row: int) -> bool:
-    """Whether a row is one of several cells that convolutions spread a change to, and no others."""
-    grid, prefix = subject.claim
+    """Whether a row is one of several cells that convolutions spread a change to."""
     strongest = of_rows.max()
-    moved = of_rows >= _MOVED * strongest
-    on_grid = moved[prefix : prefix + math.prod(grid)]
     large = int((of_rows >= _LARGE * strongest).sum())
     large_on_grid = int((subject.on_grid(of_rows[None]) >= _LARGE * strongest).sum())
-    return bool(moved[row]) and int(on_grid.sum()) >= _BLURRED and large == large_on_grid
+    return bool(of_rows[row] >= _MOVED * strongest) and large == large_on_grid
 
 
 def _strides(grid: Sequence[int]) -> list[int]:
@@ -648,8 +694,10 @@ def _is_far(subject: _Subject, cell: Sequence[int]) -> Tensor:
     for axis, (index, length) in enumerate(zip(cell, grid, strict=True)):
         distance = (torch.arange(length) - index).abs() > max(2, -(-length // 3))
         far |= distance.reshape([-1 if i == axis else 1 for i in range(len(grid))])
+    row = prefix + sum(i * stride for i, stride in zip(cell, _strides(grid), strict=True))
     rows = torch.zeros(subject.tokens, dtype=torch.bool)
     rows[prefix : prefix + far.numel()] = far.reshape(-1)
+    rows[max(row - _ALONG, 0) : row + _ALONG + 1] = False  # along the sequence, too
     return rows
 
 

@@ -54,7 +54,9 @@ def position_ids_outside() -> str | None:
     frame = sys._getframe()
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package not in ("torch", "gna_compile"):
+        names = frame.f_code.co_varnames
+        # Looking at a frame's variables keeps them alive until it returns: only where it matters.
+        if package not in ("torch", "gna_compile") and any("ids" in name for name in names):
             for name, value in frame.f_locals.items():
                 if isinstance(value, torch.Tensor) and may_be_ids(name, value):
                     return name

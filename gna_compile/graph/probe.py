@@ -1,7 +1,7 @@
 """A copy of a graph in which tokens do not mix, to see which rows of its attentions an input moves.
 
-Every attention of a sequence with itself gives each token its own value, so that a token of one layer
-depends on the same token of the layer before. Changing an input in one place then changes, in all
+Every attention gives each token its own query, so that a token of one layer depends on the same token
+of the layer before, and on no other. Changing an input in one place then changes, in all
 attentions at once, the rows that come from there. `verify_layouts.py` draws the conclusions.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from gna_compile.graph.rewrite import SizeNodes, copy_with_sites, erase_unused, memory_order
 from gna_compile.graph.sites import Site
 from gna_compile.graph.tokens.layouts import Layout
-from gna_compile.graph.values import hint, shares_memory, written_by
+from gna_compile.graph.values import same_shape, shares_memory, written_by
 
 OPERANDS = ("queries", "keys", "values")
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -47,7 +47,7 @@ class Probe:
     Args:
         gm: Dynamo's graph; it stays as it is. Its parameters are shared.
         claims: the attentions to watch, each with the layouts that are claimed for it.
-        mixing: further attentions that may mix tokens of one sequence.
+        mixing: further attentions.
     """
 
     def __init__(
@@ -130,39 +130,29 @@ def observe(
     seen.setdefault(place, []).append(Call(rows, claimed))
 
 
-def own_value(query: Tensor, value: Tensor, order: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What attention gives if each token sees itself only, [.., tokens, head_dim]; a node of the copy.
+def own_query(query: Tensor, order: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The queries in place of what attention gives; a node of the copy.
 
     Args:
         order: dimensions of the result from outermost to innermost in memory.
     """
-    if value.ndim >= 4 and value.shape[-3] not in (1, query.shape[-3]):
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    shape = torch.broadcast_shapes(query.shape[:-1], value.shape[:-1])
-    value = value.to(dtype).expand(*shape, value.shape[-1]).permute(*order)
-    copy = value.clone(memory_format=torch.contiguous_format)
+    copy = query.to(dtype).permute(*order).clone(memory_format=torch.contiguous_format)
     return copy.permute(*(order.index(dim) for dim in range(len(order))))
 
 
 def _is_separable(site: Site) -> bool:
-    """Whether its output can be replaced by its values, token by token."""
-    if site.query is None or site.key is None or site.value is None:
+    """Whether its output can be replaced by its queries, token by token."""
+    if site.query is None:
         return False
-    query, value, out = (n.meta["example_value"] for n in (site.query, site.value, site.node))
-    if hint(site.tokens) != hint(site.key_tokens) or not query.ndim == value.ndim == out.ndim:
-        return False
-    ours, theirs = map(hint, out.shape[-2:]), map(hint, value.shape[-2:])
-    if list(ours) != list(theirs):
-        return False
-    heads, kv_heads = (hint(tensor.shape[-3]) if out.ndim >= 4 else 1 for tensor in (query, value))
-    return kv_heads > 0 and heads % kv_heads == 0
+    query, out = (node.meta["example_value"] for node in (site.query, site.node))
+    return same_shape(query.shape, out.shape)
 
 
 def _separate(site: Site) -> None:
     original = site.node.meta["example_value"]
-    arguments = (site.query, site.value, memory_order(original), original.dtype)
+    arguments = (site.query, memory_order(original), original.dtype)
     with site.node.graph.inserting_before(site.node):
-        alone = site.node.graph.call_function(own_value, arguments)
+        alone = site.node.graph.call_function(own_query, arguments)
     alone.meta = dict(site.node.meta)
     site.node.replace_all_uses_with(alone)
     erase_unused(site.node)

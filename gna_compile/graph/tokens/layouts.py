@@ -106,11 +106,9 @@ class TokenFlow:
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> None:
         self._gm, self._inputs = gm, example_inputs
         self._symbols: list[torch.SymInt] = symbolic_sizes(gm)
-        self._here = Sizes()
-        self._elsewhere = generic_point(self._symbols)
-        self._walks: dict[tuple[Sizes, bool], Walk] = {}
-        self._readings: dict[tuple[int, ...], tuple[Operands, Reading]] = {}
-        self._known: dict[tuple[int, fx.Node], Known] = {}
+        self._known: dict[tuple[int, fx.Node], Known] | None = None
+        self.indices: tuple[fx.Node, ...] = ()
+        """The graph's inputs on whose values what is known rests."""
 
     def relation(self, site: Site) -> Relation:
         """Whether the queries, keys and values of a site are the same tokens in the same order.
@@ -123,10 +121,14 @@ class TokenFlow:
 
     def known(self, site: Site) -> Known:
         """All that is known of a site."""
-        name = (id(site.owner), site.node)
-        if name not in self._known:
-            self._known[name] = self._find(site)
-        return self._known[name]
+        if self._known is None:
+            # All at once: guards that come later rewrite the sizes' expressions.
+            following = _Following(self._gm, self._inputs, self._symbols)
+            self._known = {name: following.find(name) for name in following.sites()}
+            self.indices = following.indices()
+            self._inputs = None  # kept alive by nobody
+        missing = Known("unknown", doubt="the operands are not visible in the graph")
+        return self._known.get((id(site.owner), site.node), missing)
 
     def hold(self, known: Known) -> None:
         """Holds the graph to the example's sizes, if what is known of a site holds only there."""
@@ -164,24 +166,42 @@ class TokenFlow:
             self.indices,
         )
 
-    @property
+
+class _Following:
+    """The walks over a graph, and what they show of each site."""
+
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any] | None, symbols: list[torch.SymInt]
+    ) -> None:
+        self._gm, self._inputs, self._symbols = gm, inputs, symbols
+        self._here, self._elsewhere = Sizes(), generic_point(symbols)
+        self._walks: dict[tuple[Sizes, bool], Walk] = {}
+        self._readings: dict[tuple[int, ...], tuple[Operands, Reading]] = {}
+
+    def sites(self) -> list[tuple[int, fx.Node]]:
+        """The graph module (by `id`) and last node of every attention."""
+        return list(self._walk(self._here, False).attentions)
+
     def indices(self) -> tuple[fx.Node, ...]:
-        """The graph's inputs on whose values what is known rests."""
+        """The inputs whose values were looked at."""
         walks = self._walks.values()
         return tuple(dict.fromkeys(node for walk in walks for node in walk.buffers.used))
 
-    # --- readings ---
-
-    def _find(self, site: Site) -> Known:
+    def find(self, site: tuple[int, fx.Node]) -> Known:
+        """What is known of a site."""
         known = self._followed(site, with_tables=False)
         if known.relation == "self" and any(map(_is_flat, known.segments)):
             return self._followed(site, with_tables=True)
         return known
 
-    def _followed(self, site: Site, with_tables: bool) -> Known:
+    def _walk(self, sizes: Sizes, with_tables: bool) -> Walk:
+        name = (sizes, with_tables)
+        if name not in self._walks:
+            self._walks[name] = Walk(self._gm, self._inputs, sizes, with_tables)
+        return self._walks[name]
+
+    def _followed(self, site: tuple[int, fx.Node], with_tables: bool) -> Known:
         here = self._readings_of(site, self._here, with_tables)
-        if not here:
-            return Known("unknown", doubt="the operands are not visible in the graph")
         if any(not _same_structure(here[0], other) for other in here[1:]):
             return Known("unknown", doubt="calls of one subgraph have different layouts")
         if not self._symbols:
@@ -192,12 +212,11 @@ class TokenFlow:
             return general
         return Known(here[0].relation, tuple(map(_as_it_is, here[0].runs)), is_general=False)
 
-    def _readings_of(self, site: Site, sizes: Sizes, with_tables: bool) -> list[Reading]:
-        name = (sizes, with_tables)
-        if name not in self._walks:
-            self._walks[name] = Walk(self._gm, self._inputs, sizes, with_tables)
+    def _readings_of(
+        self, site: tuple[int, fx.Node], sizes: Sizes, with_tables: bool
+    ) -> list[Reading]:
         found = []
-        for operands in self._walks[name].attentions.get((id(site.owner), site.node), ()):
+        for operands in self._walk(sizes, with_tables).attentions.get(site, ()):
             triple = tuple(map(id, operands))
             if triple not in self._readings:
                 self._readings[triple] = operands, read(*operands)

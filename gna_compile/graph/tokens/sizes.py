@@ -8,7 +8,7 @@ the example's sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy
@@ -81,8 +81,11 @@ def _sizes_in(value: Any) -> Iterable[torch.SymInt]:
             yield from _sizes_in(item)
 
 
-def generic_point(sizes: Iterable[torch.SymInt]) -> Sizes:
-    """A point where every symbol is small, a number of its own, and divides where sizes divide."""
+def generic_point(sizes: Sequence[torch.SymInt]) -> Sizes:
+    """A point where every symbol is small, a number of its own, and divides where sizes divide.
+
+    Symbols that guards hold equal to others follow them.
+    """
     divisors: dict[sympy.Symbol, int] = {}
     hints: dict[sympy.Symbol, int] = {}
     for size in sizes:
@@ -93,15 +96,38 @@ def generic_point(sizes: Iterable[torch.SymInt]) -> Sizes:
         factor = math.lcm(*(abs(n) for n in numbers)) if expression.atoms(sympy.Function) else 1
         for symbol in expression.free_symbols:
             divisors[symbol] = math.lcm(divisors.get(symbol, 1), min(factor, 2**12))
+    dependent = _dependent(sizes, set(divisors))
     values: dict[sympy.Symbol, int] = {}
     primes = iter(sympy.sieve)
     next(primes)  # 2 divides too much
-    for symbol in sorted(divisors, key=str):
+    for symbol in sorted(divisors.keys() - dependent.keys(), key=str):
         value = divisors[symbol] * next(primes)
         while value == hints.get(symbol):
             value = divisors[symbol] * next(primes)
         values[symbol] = value
+    for symbol, expression in dependent.items():
+        value = expression.xreplace({s: sympy.Integer(n) for s, n in values.items()})
+        if value.is_Integer:
+            values[symbol] = int(value)
     return Sizes(values)
+
+
+def _dependent(
+    sizes: Sequence[torch.SymInt], symbols: set[sympy.Symbol]
+) -> dict[sympy.Symbol, Any]:
+    """Symbols that guards hold equal to an expression of others, each after those it needs."""
+    found: dict[sympy.Symbol, Any] = {}
+    environment = sizes[0].node.shape_env if sizes else None
+    for guard in getattr(environment, "guards", ()):
+        if not isinstance(guard.expr, sympy.Eq):
+            continue
+        for symbol, expression in (guard.expr.args, reversed(guard.expr.args)):
+            free = expression.free_symbols
+            if symbol in symbols and free and free <= symbols - found.keys() - {symbol}:
+                if symbol not in found:
+                    found[symbol] = expression
+                break
+    return found
 
 
 def pin(sizes: Iterable[torch.SymInt]) -> None:
