@@ -264,7 +264,7 @@ def _runs_of(q: _Rows, v: _Rows) -> Iterator[Run]:
             if lines.source in adding and present[lines.source][start:stop].any()
         ]
         runs.append(_run(start, stop, main, parts, q, present))
-    yield from _doubted(runs, cuts, own, present)
+    yield from _doubted(runs, cuts, own, present, q)
 
 
 def _present(lines: _Lines, n: int) -> npt.NDArray[np.int8]:
@@ -286,6 +286,7 @@ def _doubted(
     cuts: Sequence[int],
     own: Sequence[_Lines],
     present: dict[Source, npt.NDArray[np.int8]],
+    q: _Rows,
 ) -> Iterator[Run]:
     """The runs, in doubt where what lies beside a grid may be no global tokens.
 
@@ -301,10 +302,18 @@ def _doubted(
                 or (line.source.kind == "opaque" and line.source.all_roots & main.all_roots)
                 or _is_lattice(line)
                 for line in there
-            ):
+            ) or (other.ids is not None and _are_placed(q, other.ids)):
                 why = "tokens beside the grid are cells of a lattice, too"
                 run = replace(run, grid=None, doubt=why)
         yield run
+
+
+def _are_placed(q: _Rows, ids: fx.Node) -> bool:
+    """Whether position ids put tokens on a plane, and do not merely enumerate them as text."""
+    values = next(source.values for source in q if source.node is ids)
+    places = values.reshape(-1, values.shape[-1])[:, 1:3]
+    rows, columns, cells = (len(part.unique(dim=0)) for part in (*places.split(1, 1), places))
+    return cells > max(rows, columns)
 
 
 def _is_lattice(lines: _Lines) -> bool:
