@@ -380,12 +380,21 @@ def compare(
                     return attends[index](q, k, v)
                 return model.sites[index](q, k, v)
 
-            model.reference = reference
+            def disturbed(index: int, *operands: Tensor, attend: Any = reference) -> Tensor:
+                out: Tensor = attend(index, *operands)
+                return out * (1 + 1e-6 * torch.randn_like(out))
+
             positional, named = model.arguments(inputs)
+            model.reference = reference
             expected = model(*positional, **named)
-            model.reference = None
             scale = expected.abs().max().clamp(min=1)
             error = float((actual - expected).abs().max() / scale)
+            if error >= TOLERANCE:
+                # Scores of hundreds make a model that rounding alone throws off.
+                model.reference = disturbed
+                noise = float((model(*positional, **named) - expected).abs().max() / scale)
+                error = 0.0 if error < 10 * noise else error
+            model.reference = None
             if error < TOLERANCE:
                 return ""
             errors.append(error)
