@@ -41,6 +41,10 @@ _RANDOM_CELLS = 4
 _MOST_FITS = 24
 _MOVED, _LARGE = 0.1, 0.5
 """Shares of the largest reaction: a row reacts at all, or as the one that was changed does."""
+_FAINT = 0.02
+"""And where something reaches it from far, such as a normalization of all."""
+_ALONG_IT = ("spatial", "cut", "blurred")
+"""Kinds of dimensions that tokens lie along; in the last, every token feels a little of all."""
 _DRAWS = 3
 _MOST_OF_ROWS = 0.75
 """The rows that a slab across a dimension moves are no part of all if they are more."""
@@ -200,16 +204,21 @@ class _Way:
         grid: the grid.
         fits: the axes along each dimension.
         batch: further dimensions, of which one element belongs to a sequence.
+        blind: how many dimensions move all tokens; if they are several, tokens may lie along one
+            that a convolution reaches all over.
     """
 
     input: int
     grid: tuple[int, ...]
     fits: tuple[_Fit, ...]
     batch: tuple[int, ...]
+    blind: int
 
     @property
     def is_exact(self) -> bool:
-        return all(fit.step for fit in self.fits)
+        """Whether a failure of this way speaks against the grid."""
+        is_merged = any(len(fit.axes) > 1 for fit in self.fits)
+        return all(fit.step for fit in self.fits) and not (is_merged and self.blind > 1)
 
     def rank(self) -> tuple[Any, ...]:
         """Sorts what is usual first."""
@@ -275,7 +284,7 @@ def _ways(
                     fits.insert(0, whole)
                 options.append(fits)
             for fits_of_all in itertools.product(*options):
-                found.append(_Way(place, grid, fits_of_all, shown.batch))
+                found.append(_Way(place, grid, fits_of_all, shown.batch, shown.blind))
     return sorted(found, key=_Way.rank)[:_MOST_FITS]
 
 
@@ -298,11 +307,15 @@ class _Dimensions:
         spatial: tokens lie along them.
         cut: of these, those of which different stretches are in different batch rows.
         batch: different elements are in different batch rows.
+        blind: how many others there are that move all tokens.
+        is_sharp: whether tokens feel nothing of what lies elsewhere along these.
     """
 
     spatial: tuple[int, ...]
     cut: frozenset[int]
     batch: tuple[int, ...]
+    blind: int
+    is_sharp: bool
 
 
 @dataclass(eq=False)
@@ -357,6 +370,7 @@ class _Trial:
             and value.ndim >= 2
             and value.numel() > 1
             and self._names[index]
+            and not may_be_ids(self._names[index], value)  # positions, and no tokens
         ]
         self._subjects = [
             _Subject(place, number, claim, call.rows[0].shape[1])
@@ -425,12 +439,14 @@ class _Trial:
                         found = self._kinds(subject, reactions, everything)
                         self._note_moves(subject, index, found)
             for subject, looks in kinds.items():
-                spatial = tuple(dim for dim, kind in looks if kind in ("spatial", "cut"))
+                spatial = tuple(dim for dim, kind in looks if kind in _ALONG_IT)
                 if spatial:
                     subject.shown[index] = _Dimensions(
                         spatial,
                         frozenset(dim for dim, kind in looks if kind == "cut"),
                         tuple(dim for dim, kind in looks if kind == "batch"),
+                        sum(kind == "all" for _, kind in looks),
+                        all(kind != "blurred" for _, kind in looks),
                     )
 
     def _kinds(
@@ -447,7 +463,7 @@ class _Trial:
         for name, kind in zip(OPERANDS, kinds, strict=True):
             if kind:
                 subject.feels[index].add(name)
-            if kind in ("spatial", "cut"):
+            if kind in _ALONG_IT:
                 subject.moves[index].add(name)
 
     def _cut(self, index: int, dim: int, start: int) -> list[list[Reactions]]:
@@ -487,7 +503,7 @@ class _Trial:
                     continue
                 grid = subject.claim[0]
                 sizes = ", ".join(str(shape[dim]) for dim in shown.spatial)
-                if len(shown.spatial) > sum(length > 1 for length in grid):
+                if shown.is_sharp and len(shown.spatial) > sum(length > 1 for length in grid):
                     text = (
                         f"its tokens differ along {len(shown.spatial)} dimensions of the input "
                         f"{self._name(index)} (of lengths {sizes}), of which a cell of a grid with "
@@ -528,7 +544,7 @@ class _Trial:
                 if way.is_exact:
                     subject.failures.setdefault(way.input, self._message(subject, text))
                 else:
-                    subject.doubt = f"its cells do not divide an input evenly; {text}"
+                    subject.doubt = f"it may lie otherwise in this input; {text}"
         for subject in subjects:
             if subject in felt:
                 subject.passed.add(way.input)
@@ -638,9 +654,11 @@ def _kind(subject: _Subject, reaction: Tensor, whole: Tensor) -> str:
     shares = torch.where(felt, on_grid / of_all, 0.0)
     moved = shares > _MOVED * shares.max()
     is_parted = not bool((moved.any(1) | ~felt.any(1)).all())
-    share = float(moved.any(0).sum()) / float(felt.any(0).sum())
-    if share < _MOST_OF_ROWS:
-        return "cut" if is_parted else "spatial"
+    rows = float(felt.any(0).sum())
+    if float(moved.any(0).sum()) < _MOST_OF_ROWS * rows:
+        faint = shares > _FAINT * shares.max()
+        is_sharp = float(faint.any(0).sum()) < _MOST_OF_ROWS * rows
+        return ("cut" if is_parted else "spatial") if is_sharp else "blurred"
     return "batch" if is_parted else "all"
 
 
