@@ -98,7 +98,7 @@ def note_patches(tokens: Tokens) -> None:
                 for k in range(len(dims))
             ]
             repeats = [int(np.argmax(line != line[0])) for line in lines]
-            if sum(r > 1 for r in repeats) < 2 or 1 in repeats[1:]:
+            if 0 in repeats or 1 in repeats[1:] or sum(r > 1 for r in repeats) < 2:
                 continue
             if any(n % r for n, r in zip(small.shape, repeats, strict=True)):
                 continue

@@ -62,7 +62,11 @@ class Reading:
 
 def read(query: Tokens, key: Tokens, value: Tokens) -> Reading:
     """Reads the operands [.., heads, tokens, head_dim] of an attention."""
-    q, k, v = (_rows(tokens) for tokens in (query, key, value))
+    # A dimension of heads may as well hold frames or windows: then it is part of the batch.
+    are_rows = any(map(_heads_are_rows, (query, key, value)))
+    if are_rows and len({tokens.shape[:-2] for tokens in (query, key, value)}) > 1:
+        return Reading("unknown")
+    q, k, v = (_rows(tokens, are_rows) for tokens in (query, key, value))
     relation = _relation(q, k, v, query, key)
     return Reading(relation, tuple(_runs(q, v)) if relation != "cross" else ())
 
@@ -89,26 +93,36 @@ class _Lines:
 _Rows = dict[Source, _Lines]
 
 
-def _rows(tokens: Tokens) -> _Rows:
+def _heads_are_rows(tokens: Tokens) -> bool:
+    """Whether the tokens of one head are others than those of the next."""
+    return len(tokens.shape) > 3 and any(
+        array is not None and array.shape[-3] > 1 and array.shape[-1] == 1
+        for axes in tokens.cells.values()
+        for array in axes
+    )
+
+
+def _rows(tokens: Tokens, heads_are_rows: bool) -> _Rows:
     shape = tokens.shape
     rank = len(shape)
+    channels = [rank - 1, *([rank - 3] if rank > 3 and not heads_are_rows else [])]
     found: _Rows = {}
     for source, axes in tokens.cells.items():
         lines = _Lines(
             source,
-            tuple(() if array is None else _patterns(array, shape, rank) for array in axes),
+            tuple(() if array is None else _patterns(array, shape, channels) for array in axes),
         )
         if any(lines.axes):
             found[source] = lines
     return found
 
 
-def _patterns(array: Cells, shape: tuple[int, ...], rank: int) -> tuple[Cells, ...]:
-    channels = [rank - 1, *([rank - 3] if rank > 3 else [])]
+def _patterns(array: Cells, shape: tuple[int, ...], channels: Sequence[int]) -> tuple[Cells, ...]:
+    rank = len(shape)
     others = [d for d in range(rank) if d not in channels]
     if any(array.shape[d] > 1 for d in channels):
-        if all(array.shape[d] == 1 for d in others):
-            return ()
+        if all(array.shape[d] == 1 for d in others if d != rank - 3) and array.shape[-1] > 1:
+            return ()  # it tells channels apart, and heads at most
         apart = array.transpose([*others, *channels])
         columns = apart.reshape(*apart.shape[: len(others)], -1)
         known = columns > NONE
@@ -302,16 +316,26 @@ def _doubted(
                 or (line.source.kind == "opaque" and line.source.all_roots & main.all_roots)
                 or _is_lattice(line)
                 for line in there
-            ) or (other.ids is not None and _are_placed(q, other.ids)):
+            ) or _has_placed_ids(q, cuts, j):
                 why = "tokens beside the grid are cells of a lattice, too"
                 run = replace(run, grid=None, doubt=why)
         yield run
 
 
-def _are_placed(q: _Rows, ids: fx.Node) -> bool:
-    """Whether position ids put tokens on a plane, and do not merely enumerate them as text."""
-    values = next(source.values for source in q if source.node is ids)
-    places = values.reshape(-1, values.shape[-1])[:, 1:3]
+def _has_placed_ids(q: _Rows, cuts: Sequence[int], run: int) -> bool:
+    """Whether position ids of some tokens of a run put them on a plane."""
+    here = slice(cuts[run], cuts[run + 1])
+    return any(
+        _is_plane(source) and lines.varies() and bool(_present(lines, cuts[-1])[here].any())
+        for source, lines in q.items()
+    )
+
+
+def _is_plane(source: Source) -> bool:
+    """Whether a source is position ids of places, which do not merely enumerate as those of text."""
+    if source.values is None:
+        return False
+    places = source.values.reshape(-1, source.values.shape[-1])[:, 1:3]
     rows, columns, cells = (len(part.unique(dim=0)) for part in (*places.split(1, 1), places))
     return cells > max(rows, columns)
 
@@ -319,10 +343,12 @@ def _are_placed(q: _Rows, ids: fx.Node) -> bool:
 def _is_lattice(lines: _Lines) -> bool:
     """Whether a source's tokens lie on axes of space, in whatever order."""
     source = lines.source
+    if source.kind == "stem":
+        return True
     if source.kind == "opaque":
-        return any(root.is_image or len(root.spatial) > 1 for root in source.all_roots)
+        return any(r.is_image or len(r.spatial) > 1 or _is_plane(r) for r in source.all_roots)
     there = {i for i, axis in enumerate(lines.axes) if axis}
-    return len(source.spatial & there) > 1 or (source.is_image and len(there - {0, 1}) > 1)
+    return len(source.spatial & there) > 1 or (len(source.extents) > 3 and len(there - {0}) > 1)
 
 
 def _run(
@@ -346,8 +372,13 @@ def _run(
     beside = [
         lines for lines, order in zip(own, orders, strict=True) if order.trouble and order.is_known
     ]
-    if len(beside) < len(own):
+    if any(len(lines.source.extents) > 2 for lines in beside):
+        beside = []  # tokens, not numbers of their places: then they have to be in order
+    if beside and len(beside) < len(own):
         orders = [order for order in orders if not (order.trouble and order.is_known)]
+    lattices = [lines for lines in adding if _is_lattice(lines)]
+    if len(lattices) > 1 and len({present[lines.source].tobytes() for lines in lattices}) > 1:
+        return Run(size, doubt="the tokens come from several lattices", has_tokens=True), None
     for lines in adding:
         there = start + np.nonzero(present[lines.source][start:stop])[0]
         part = _order(lines, int(there[0]), int(there[-1]) + 1)
@@ -396,7 +427,10 @@ def _reordered(own: Sequence[_Lines], extra: Sequence[_Lines]) -> str:
     """What is wrong if an operator that is not understood may have moved some of the tokens."""
     roots = frozenset(root for lines in own for root in lines.source.all_roots)
     for lines in (*own, *extra):
-        if lines.source.kind == "opaque" and _mixes(lines, own, roots):
+        is_own = any(lines is other for other in own)
+        if lines.source.kind == "opaque" and (
+            _mixes(lines, own, roots) or (is_own and len(own) > 1 and _is_lattice(lines))
+        ):
             return f"`{lines.source.name}` may have put tokens in another order"
     return ""
 
@@ -560,11 +594,14 @@ def _shown(run: Run, order: _Order, start: int, stop: int, beside: Sequence[_Lin
                 return replace(run, doubt=why_no_grid(lines.source.values), ids=ids)
             assert ids is not None
             shown[grid] = f"values of {ids.name}"
-    if not shown and order.source.kind != "opaque":
+    (axis,) = order.axes
+    own = next((lines for lines in beside if lines.source is order.source), None)
+    # Of a lattice of several axes the tokens are a line.
+    is_flat = own is not None and not any(a for i, a in enumerate(own.axes) if i not in (0, axis))
+    if not shown and is_flat and order.source.kind != "opaque":
         grid = _grid_of_tables(beside, start, stop)
         if grid is not None:
             shown[grid] = "graph: a table of positions"
-        (axis,) = order.axes
         if run.size == order.source.extents[axis]:
             for split in order.source.splits.get(axis, ()):
                 shown.setdefault(split, "graph: reshape")
