@@ -409,8 +409,12 @@ def _layouts_now(row: Any, truth: Truth, stride: int) -> list[Claim]:
         prefix, grid, suffix = truth.expected
         return [Claim(prefix, grid, suffix, stride)]
     if not right:
-        # One axis: as many global tokens as there are weak ones around the rest.
+        # An order that may be taken or not, at other sizes.
         tokens = truth.q.shape[1]
+        for height in range(2, tokens):
+            if tokens % height == 0 and not truth.fault(0, (height, tokens // height), 0):
+                return [Claim(0, (height, tokens // height), 0, stride)]
+        # One axis: as many global tokens as there are weak ones around the rest.
         for prefix in range(tokens):
             for suffix in range(tokens - prefix):
                 if not truth.fault(prefix, (tokens - prefix - suffix,), suffix):

@@ -318,9 +318,9 @@ def summed(array: Cells, dims: Sequence[int]) -> tuple[Cells | None, bool]:
         full = ~empty
         starts = np.unique(low[full])
         width = int((high - low)[full].max())
-        if len(starts) == 1:
+        if len(starts) == 1 and len(np.unique(high[full])) == 1:
             return None, False
-        if int(np.diff(starts).min()) > width:
+        if len(starts) > 1 and int(np.diff(starts).min()) > width:
             return np.where(empty, NONE, low), True
     return unknown(array.ndim), False
 

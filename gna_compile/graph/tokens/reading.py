@@ -89,8 +89,16 @@ class _Lines:
         """Whether the source tells tokens of one row apart."""
         return any(pattern.shape[1] > 1 for axis in self.axes for pattern in axis)
 
+    def stands_behind(self) -> bool:
+        """Whether it tells tokens of a row apart, or may have before they were mixed."""
+        return self.varies() or any((p == UNKNOWN).any() for axis in self.axes for p in axis)
+
 
 _Rows = dict[Source, _Lines]
+
+
+def _is_own(lines: _Lines) -> bool:
+    return lines.source.kind != "table" and lines.stands_behind()
 
 
 def _heads_are_rows(tokens: Tokens) -> bool:
@@ -155,7 +163,7 @@ def _patterns(array: Cells, shape: tuple[int, ...], channels: Sequence[int]) -> 
 def _relation(q: _Rows, k: _Rows, v: _Rows, query: Tokens, key: Tokens) -> Relation:
     if query.shape[-2] != key.shape[-2]:
         return "cross"
-    own = [source for source, lines in v.items() if source.kind != "table" and lines.varies()]
+    own = [source for source, lines in v.items() if _is_own(lines)]
     if not own:
         return "unknown"
     extra = [
@@ -238,7 +246,7 @@ def _only(rows: _Rows, chosen: npt.NDArray[np.int64]) -> _Rows:
 
 
 def _runs_of(q: _Rows, v: _Rows) -> Iterator[Run]:
-    own = [lines for lines in v.values() if lines.source.kind != "table" and lines.varies()]
+    own = [lines for lines in v.values() if _is_own(lines)]
     n = max((p.shape[1] for lines in own for axis in lines.axes for p in axis), default=0)
     if n == 0:
         return
@@ -372,8 +380,8 @@ def _run(
     beside = [
         lines for lines, order in zip(own, orders, strict=True) if order.trouble and order.is_known
     ]
-    if any(len(lines.source.extents) > 2 for lines in beside):
-        beside = []  # tokens, not numbers of their places: then they have to be in order
+    if any(len(lines.source.extents) > 2 and lines.axes[0] for lines in beside):
+        beside = []  # tokens with a batch, not a table of places: they have to be in order
     if beside and len(beside) < len(own):
         orders = [order for order in orders if not (order.trouble and order.is_known)]
     lattices = [lines for lines in adding if _is_lattice(lines)]
