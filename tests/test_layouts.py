@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils.checkpoint import checkpoint
 
-from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow, resolve
 from gna_compile.graph.position_ids import grid_from_ids
 from gna_compile.graph.sites import find_sites
+from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow, resolve
 from gna_compile.policy import DeclaredLayout
 from gna_compile.reasons import Reason
 
