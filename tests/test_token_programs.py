@@ -27,7 +27,7 @@ def test_no_grid_is_wrong(part: int, wild: bool) -> None:
         summary.add(Spec.draw(seed, wild))
     assert not summary.errors, summary.errors[0]
     assert not summary.wrong, f"{summary.wrong[0]}\n{summary}"
-    assert summary.recall > (0.9 if not wild else 0.5), summary
+    assert summary.recall > (0.85 if not wild else 0.7), summary  # of about 70 and 25 sites
 
 
 def truths(*steps: str | tuple[str, int], sizes: Sizes | None = None) -> list[Truth]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from gna_compile.graph.position_ids import grid_from_ids, why_no_grid
+from gna_compile.graph.position_ids import grid_from_ids, name_of, why_no_grid
 from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells, Source, Tokens, reshaped
 
 Relation = Literal["self", "cross", "unknown"]
@@ -601,7 +601,7 @@ def _shown(run: Run, order: _Order, start: int, stop: int, beside: Sequence[_Lin
             if grid is None:
                 return replace(run, doubt=why_no_grid(lines.source.values), ids=ids)
             assert ids is not None
-            shown[grid] = f"values of {ids.name}"
+            shown[grid] = f"values of {name_of(ids)}"
     (axis,) = order.axes
     own = next((lines for lines in beside if lines.source is order.source), None)
     # Of a lattice of several axes the tokens are a line.

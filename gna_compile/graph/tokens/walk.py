@@ -57,6 +57,7 @@ _VIEWS = frozenset(
     }
 )
 
+_NAME = re.compile(r"^l_(kwargs_)?|_$")  # Dynamo's own around the name of an argument
 _OWNED = re.compile(r"^L\['self'\]\.|_(buffers|modules|parameters)\b")
 
 
@@ -111,7 +112,7 @@ class Walk:
             if isinstance(value, torch.Tensor):
                 self.buffers.add(node, value)
             return self._table(node, shape)
-        source = Source(node.name, "input", shape)
+        source = Source(_NAME.sub("", node.name), "input", shape)
         source.is_image = len(shape) in (4, 5) and tensor.dtype.is_floating_point
         if isinstance(value, torch.Tensor) and may_be_ids(node.name, value):
             source.node, source.values = node, value
