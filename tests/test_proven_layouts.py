@@ -380,3 +380,18 @@ def test_an_axis_of_one_cell_is_an_axis(size: tuple[int, int]) -> None:
     model = Model(lambda m, x: m.attention(m.tokens(x)))
     (row,) = explained(model, torch.randn(1, 3, *size))
     assert row.layout == "x".join(map(str, size))
+
+
+def test_a_mistake_in_the_analysis_costs_no_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr("gna_compile.graph.tokens.layouts.read", broken)
+    model = Model(lambda m, x: m.attention(m.tokens(x)))
+    with caplog.at_level(logging.WARNING, "gna_compile"):
+        (row,) = explained(model, image())
+    assert row.reason == "layout-unknown"
+    assert row.detail == "following the tokens failed: ZeroDivisionError: by nothing"
+    assert any("Please report it" in record.message for record in caplog.records)

@@ -346,6 +346,7 @@ def judge(
             if kind == "rewritten" and maker.site_open[index]:
                 outcome.sites[-1].outcome = "open"
         elif expected and not maker.site_open[index]:
+            assert "failed" not in row.detail, row.detail  # a crash that was caught
             detail = f"{row.reason}: {row.detail}"
             outcome.sites.append(SiteResult("declined", "", detail, names))
         else:

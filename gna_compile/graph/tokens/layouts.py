@@ -8,6 +8,7 @@ show nothing, and neither does a merge of two dimensions that may be anything.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from gna_compile.graph.tokens.sizes import Sizes, generic_point, matching, pin, 
 from gna_compile.graph.tokens.walk import Operands, Walk
 from gna_compile.graph.values import Size, hint, holds, is_known
 from gna_compile.reasons import Reason
+
+log = logging.getLogger("gna_compile")
 
 __all__ = ["Declared", "Layout", "Refusal", "TokenFlow", "resolve", "same_grid", "times"]
 
@@ -107,6 +110,7 @@ class TokenFlow:
         self._gm, self._inputs = gm, example_inputs
         self._symbols: list[torch.SymInt] = symbolic_sizes(gm)
         self._known: dict[tuple[int, fx.Node], Known] | None = None
+        self._failure = "the operands are not visible in the graph"
         self.indices: tuple[fx.Node, ...] = ()
         """The graph's inputs on whose values what is known rests."""
 
@@ -123,12 +127,22 @@ class TokenFlow:
         """All that is known of a site."""
         if self._known is None:
             # All at once: guards that come later rewrite the sizes' expressions.
-            following = _Following(self._gm, self._inputs, self._symbols)
-            self._known = {name: following.find(name) for name in following.sites()}
-            self.indices = following.indices()
+            self._known = self._follow()
             self._inputs = None  # kept alive by nobody
-        missing = Known("unknown", doubt="the operands are not visible in the graph")
-        return self._known.get((id(site.owner), site.node), missing)
+        return self._known.get((id(site.owner), site.node), Known("unknown", doubt=self._failure))
+
+    def _follow(self) -> dict[tuple[int, fx.Node], Known]:
+        following = _Following(self._gm, self._inputs, self._symbols)
+        try:
+            known = {name: following.find(name) for name in following.sites()}
+        except Exception as error:  # a mistake here must not cost a user the model
+            self._failure = f"following the tokens failed: {type(error).__name__}: {error}"
+            log.warning(
+                "%s; the graph stays dense. Please report it.", self._failure, exc_info=True
+            )
+            return {}
+        self.indices = following.indices()
+        return known
 
     def hold(self, known: Known) -> None:
         """Holds the graph to the example's sizes, if what is known of a site holds only there."""
