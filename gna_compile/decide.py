@@ -136,12 +136,12 @@ def _decide(
         if rule.dense:
             raise _Dense(Reason.RULE_DENSE)
         layout = _layout(site, flow, stamp, rule, root, packed_grids)
+        if isinstance(layout, Refusal):
+            raise _Dense(layout.reason, layout.detail)
         if relation == "unknown":
             raise _Dense(
                 Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens"
             )
-        if isinstance(layout, Refusal):
-            raise _Dense(layout.reason, layout.detail)
         facts["layout"] = layout = _within_reach(site, layout)
         _check_mask(site, layout, rule)
         parameters = _parameters(rule, layout)
