@@ -285,7 +285,7 @@ def _runs_of(q: _Rows, v: _Rows) -> Iterator[Run]:
             for lines in own
             if lines.source in adding and present[lines.source][start:stop].any()
         ]
-        runs.append(_run(start, stop, main, parts, q, present))
+        runs.append(_run(start, stop, main, parts, q, v, present))
     yield from _doubted(runs, cuts, own, present, q)
 
 
@@ -365,6 +365,7 @@ def _run(
     own: Sequence[_Lines],
     adding: Sequence[_Lines],
     q: _Rows,
+    v: _Rows,
     present: dict[Source, npt.NDArray[np.int8]],
 ) -> tuple[Run, Source | None]:
     """What the tokens start .. stop are: cells of `own`, to some of which `adding` was added.
@@ -406,7 +407,7 @@ def _run(
     everything = [lines for lines in q.values() if lines.varies()]
     sources = {lines.source for lines in own}
     extra = [lines for lines in everything if lines.source not in sources]
-    doubt = _several_lattices(orders) or _reordered(own, extra)
+    doubt = _several_lattices(orders) or _reordered(own, extra) or _summed_away(best, v)
     if run.grid is not None and len(run.grid) > MAX_AXES:
         doubt = doubt or f"the tokens lie on {len(run.grid)} axes, {times(run.grid)}"
     if doubt:
@@ -431,6 +432,22 @@ def _several_lattices(orders: Sequence[_Order]) -> str:
     )
 
 
+def _summed_away(order: _Order, v: _Rows) -> str:
+    """What is wrong if a mere input shows the order, and another lattice was summed over.
+
+    The tokens may be mixtures of the latter (a product along them), and the input their positions.
+    """
+    lost = (
+        source.name
+        for source, lines in v.items()
+        if source.kind in ("input", "stem")
+        and (source.is_image or len(source.spatial) > 1)
+        and not lines.stands_behind()
+    )
+    name = next(lost, "") if order.source.kind == "input" else ""
+    return f"the tokens may be mixtures of those of `{name}`" if name else ""
+
+
 def _reordered(own: Sequence[_Lines], extra: Sequence[_Lines]) -> str:
     """What is wrong if an operator that is not understood may have moved some of the tokens."""
     roots = frozenset(root for lines in own for root in lines.source.all_roots)
@@ -446,6 +463,8 @@ def _reordered(own: Sequence[_Lines], extra: Sequence[_Lines]) -> str:
 def _unless_ids_differ(run: Run, start: int, stop: int, beside: Sequence[_Lines]) -> Run:
     """The run, without its grid if position ids of the same tokens show another."""
     for lines in beside:
+        if _is_partly_placed(lines, start, stop):
+            return replace(run, grid=None, doubt="position ids are of other tokens, too")
         if lines.source.values is not None and _covers(lines, start, stop):
             grid = grid_from_ids(lines.source.values)
             if grid is None or [n for n in run.grid or () if n > 1] != [n for n in grid if n > 1]:
@@ -595,6 +614,8 @@ def _shown(run: Run, order: _Order, start: int, stop: int, beside: Sequence[_Lin
     shown: dict[tuple[int, ...], str] = {}
     ids: fx.Node | None = None
     for lines in beside:
+        if _is_partly_placed(lines, start, stop):
+            return replace(run, doubt="position ids are of other tokens, too")
         if lines.source.values is not None and _covers(lines, start, stop):
             ids = lines.source.node
             grid = grid_from_ids(lines.source.values)
@@ -619,6 +640,15 @@ def _shown(run: Run, order: _Order, start: int, stop: int, beside: Sequence[_Lin
     for grid, why in shown.items():
         return replace(run, grid=grid, why=why, ids=ids)
     return replace(run, ids=ids)
+
+
+def _is_partly_placed(lines: _Lines, start: int, stop: int) -> bool:
+    """Whether position ids of places stand beside a run, but are not its own from end to end."""
+    if not _is_plane(lines.source) or _covers(lines, start, stop):
+        return False
+    return any(
+        (p[:, start:stop] > NONE).any() for axis in lines.axes for p in axis if p.shape[1] > 1
+    )
 
 
 def _covers(lines: _Lines, start: int, stop: int) -> bool:
