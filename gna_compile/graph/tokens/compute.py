@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from gna_compile.graph.tokens.call import RULES, Call, Rule, Unruled, Value, rule
-from gna_compile.graph.tokens.cells import Tokens, concatenated, elementwise, reduced
+from gna_compile.graph.tokens.cells import Tokens, elementwise, reduced
 from gna_compile.graph.tokens.movement import (
     inserted,
     matrix_transpose,
@@ -220,6 +220,3 @@ def attribute(call: Call) -> Value:
     if found is matrix_transpose or found is same:
         return found(call)
     raise Unruled
-
-
-__all__ = ["attended", "concatenated", "rule_for"]

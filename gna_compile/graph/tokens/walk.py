@@ -22,8 +22,9 @@ from gna_compile.graph.tokens.call import Call, Unruled, Value
 from gna_compile.graph.tokens.cells import Source, Tokens, lattice
 from gna_compile.graph.tokens.compute import attended, rule_for
 from gna_compile.graph.tokens.constants import Buffers
-from gna_compile.graph.tokens.movement import counted, new, written_through
+from gna_compile.graph.tokens.movement import counted, new
 from gna_compile.graph.tokens.sizes import Sizes
+from gna_compile.graph.tokens.writes import written_through
 from gna_compile.graph.values import operator_name, tensor_of, written_by
 from gna_compile.graph.written_out import match
 

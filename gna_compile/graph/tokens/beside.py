@@ -1,0 +1,148 @@
+"""What stands beside the tokens of a run: position ids and tables, which may show or deny a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from gna_compile.graph.position_ids import grid_from_ids, name_of, why_no_grid
+from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells
+from gna_compile.graph.tokens.order import Order, raster_of, relative
+from gna_compile.graph.tokens.rows import Lines, is_plane
+from gna_compile.graph.tokens.run import Run, times
+
+MAX_AXES = 3
+
+
+def shown_beside(run: Run, order: Order, start: int, stop: int, beside: Sequence[Lines]) -> Run:
+    """The run with the grid that something beside its tokens shows."""
+    shown: dict[tuple[int, ...], str] = {}
+    ids: fx.Node | None = None
+    for lines in beside:
+        if is_partly_placed(lines, start, stop):
+            return replace(run, doubt="position ids are of other tokens, too")
+        if lines.source.values is not None and covers(lines, start, stop):
+            ids = lines.source.node
+            grid = grid_from_ids(lines.source.values)
+            if grid is None:
+                return replace(run, doubt=why_no_grid(lines.source.values), ids=ids)
+            assert ids is not None
+            shown[grid] = f"values of {name_of(ids)}"
+    (axis,) = order.axes
+    own = next((lines for lines in beside if lines.source is order.source), None)
+    # Of a lattice of several axes the tokens are a line.
+    is_flat = own is not None and not any(a for i, a in enumerate(own.axes) if i not in (0, axis))
+    if not shown and is_flat and order.source.kind != "opaque":
+        grid = _grid_of_tables(beside, start, stop)
+        if grid is not None:
+            shown[grid] = "graph: a table of positions"
+        if run.size == order.source.extents[axis]:
+            for split in order.source.splits.get(axis, ()):
+                shown.setdefault(split, "graph: reshape")
+    if len(shown) > 1:
+        both = " and as ".join(sorted(map(times, shown)))
+        return replace(run, doubt=f"the tokens are used as {both}", ids=ids)
+    for grid, why in shown.items():
+        return replace(run, grid=grid, why=why, ids=ids)
+    return replace(run, ids=ids)
+
+
+def is_partly_placed(lines: Lines, start: int, stop: int) -> bool:
+    """Whether position ids of places stand beside a run, but are not its own from end to end."""
+    if not is_plane(lines.source) or covers(lines, start, stop):
+        return False
+    return any(
+        (p[:, start:stop] > NONE).any() for axis in lines.axes for p in axis if p.shape[1] > 1
+    )
+
+
+def covers(lines: Lines, start: int, stop: int) -> bool:
+    """Whether the run has all rows of position ids, in their order."""
+    axis = len(lines.source.extents) - 2
+    patterns = lines.axes[axis]
+    if len(patterns) != 1 or patterns[0].shape[1] == 1:
+        return False
+    whole = np.arange(lines.source.extents[axis])
+    part = patterns[0][:, start:stop]
+    return part.shape[1] == len(whole) and bool((part == whole).all())
+
+
+def _grid_of_tables(beside: Sequence[Lines], start: int, stop: int) -> tuple[int, ...] | None:
+    """The grid that counted positions show: rows in one table, columns in another."""
+    n = stop - start
+    vectors: list[npt.NDArray[np.int64]] = []
+    for pattern in _positions(beside, start, stop):
+        vector = relative(pattern, n)
+        if vector is None or not vector.any() or (np.diff(vector) == vector[1]).all():
+            continue
+        if not any((vector == other).all() for other in vectors):
+            vectors.append(vector)
+    raster = raster_of(vectors, n) if 2 <= len(vectors) <= MAX_AXES else None
+    return None if raster is None else tuple(length for _, length in raster)
+
+
+def _positions(beside: Sequence[Lines], start: int, stop: int) -> Iterator[Cells]:
+    """The rows of tables that stand beside the tokens of a run, one pattern after another.
+
+    A table may end where another begins (positions below zero, and from zero on): then the rows of
+    the first count up to zero.
+    """
+    partial: list[tuple[Cells, int, int]] = []
+    for lines in beside:
+        if lines.source.kind not in ("table", "input") or lines.source.values is not None:
+            continue
+        if sum(any(map(_counts, axis)) for axis in lines.axes) > 1:
+            continue  # a lattice of its own, not a table of positions
+        for i, axis in enumerate(lines.axes):
+            for pattern in axis:
+                part = pattern[:, start:stop] if pattern.shape[1] > 1 else pattern
+                if (part > NONE).all():
+                    yield part
+                elif not (part == UNKNOWN).any() and (part > NONE).any():
+                    partial.append((part, i, lines.source.extents[i]))
+    for first, i, extent in partial:
+        for second, j, _ in partial:
+            apart = first.shape == second.shape and ((first > NONE) != (second > NONE)).all()
+            if apart and i == j and first.max() == extent - 1 and second[second > NONE].min() == 0:
+                yield np.where(first > NONE, first - np.int32(extent), second)
+
+
+def _counts(pattern: Cells) -> bool:
+    known = pattern[pattern > NONE]
+    return bool((known != known[:1]).any())
+
+
+def fits(lines: Lines, grid: Sequence[int], start: int, stop: int) -> bool:
+    """Whether a source beside the tokens counts along the grid's axes, or along some as one."""
+    n = stop - start
+    index = np.arange(n)
+    periods = [prod(grid[i:]) for i in range(len(grid) + 1)]
+    for axis in lines.axes:
+        for pattern in axis:
+            if pattern.shape[1] == 1:
+                continue
+            part = pattern[:, start:stop]
+            if (part == NONE).all():
+                continue
+            if (part <= NONE).any():
+                return False
+            vector = relative(part, n)
+            if vector is None:
+                return False
+            if not vector.any():
+                continue
+            period = int(np.argmax(vector != 0))
+            step = int(vector[period])
+            wide = [p for p in periods if p % period == 0 and p > period]
+            if (
+                step <= 0
+                or period not in periods
+                or not any((vector == step * (index // period % (p // period))).all() for p in wide)
+            ):
+                return False
+    return True

@@ -1,0 +1,179 @@
+"""The coordinates of an attention's operands by batch row and token, and whether they are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells, Source, Tokens, reshaped
+
+Relation = Literal["self", "cross", "unknown"]
+
+_MOST_PATTERNS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """The coordinates of a source at a site: for each axis, its patterns [rows, tokens].
+
+    An axis that only tells channels apart has no pattern; one that differs between channels (a
+    table of positions: rows in some, columns in others) has several.
+    """
+
+    source: Source
+    axes: tuple[tuple[Cells, ...], ...]
+
+    def varies(self) -> bool:
+        """Whether the source tells tokens of one row apart."""
+        return any(pattern.shape[1] > 1 for axis in self.axes for pattern in axis)
+
+    def stands_behind(self) -> bool:
+        """Whether it tells tokens of a row apart, or may have before they were mixed."""
+        return self.varies() or any((p == UNKNOWN).any() for axis in self.axes for p in axis)
+
+
+Rows = dict[Source, Lines]
+
+
+def is_own(lines: Lines) -> bool:
+    return lines.source.kind != "table" and lines.stands_behind()
+
+
+def heads_are_rows(tokens: Tokens) -> bool:
+    """Whether the tokens of one head are others than those of the next."""
+    return len(tokens.shape) > 3 and any(
+        array is not None and array.shape[-3] > 1 and array.shape[-1] == 1
+        for axes in tokens.cells.values()
+        for array in axes
+    )
+
+
+def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
+    shape = tokens.shape
+    rank = len(shape)
+    channels = [rank - 1, *([rank - 3] if rank > 3 and not heads_are_rows else [])]
+    found: Rows = {}
+    for source, axes in tokens.cells.items():
+        lines = Lines(
+            source,
+            tuple(() if array is None else _patterns(array, shape, channels) for array in axes),
+        )
+        if any(lines.axes):
+            found[source] = lines
+    return found
+
+
+def _patterns(array: Cells, shape: tuple[int, ...], channels: Sequence[int]) -> tuple[Cells, ...]:
+    rank = len(shape)
+    others = [d for d in range(rank) if d not in channels]
+    if any(array.shape[d] > 1 for d in channels):
+        if all(array.shape[d] == 1 for d in others if d != rank - 3) and array.shape[-1] > 1:
+            return ()  # it tells channels apart, and heads at most
+        apart = array.transpose([*others, *channels])
+        columns = apart.reshape(*apart.shape[: len(others)], -1)
+        known = columns > NONE
+        rows = tuple(range(len(others)))
+        high = columns.max(rows)
+        if (high == np.where(known, columns, np.int32(2**30)).min(rows)).all() and not (
+            columns == UNKNOWN
+        ).any():
+            return ()  # the same for all tokens that have it
+        change = (columns[..., 1:] != columns[..., :-1]).any(rows)
+        picks = [0, *(np.nonzero(change)[0] + 1)]
+        distinct: list[Cells] = []
+        for i in picks:
+            column = columns[..., i]
+            if not (column == NONE).all() and not any((column == d).all() for d in distinct):
+                distinct.append(column)
+            if len(distinct) > _MOST_PATTERNS:
+                return (np.full((1, 1), UNKNOWN),)
+        kept = tuple(distinct)
+    else:
+        kept = (array.squeeze(tuple(channels)),)
+    outer = tuple(shape[d] for d in others)
+    flat = (prod(outer[:-1]), outer[-1])
+    return tuple(reshaped(pattern, outer, flat) for pattern in kept)
+
+
+def relation_of(q: Rows, k: Rows, v: Rows, query: Tokens, key: Tokens) -> Relation:
+    if query.shape[-2] != key.shape[-2]:
+        return "cross"
+    own = [source for source, lines in v.items() if is_own(lines)]
+    if not own:
+        return "unknown"
+    extra = [
+        source
+        for rows in (q, k)
+        for source, lines in rows.items()
+        if source not in v and source.kind != "table" and lines.varies()
+    ]
+    answers = {_compare(rows.get(source), v[source]) for source in own for rows in (q, k)}
+    # What is beside the tokens (positions) must be alike as far as it tells tokens apart.
+    answers |= {_compare(_varying(q.get(source)), _varying(k.get(source))) for source in extra}
+    return next((a for a in ("cross", "unknown") if a in answers), "self")
+
+
+def _varying(lines: Lines | None) -> Lines | None:
+    if lines is None:
+        return None
+    return Lines(
+        lines.source, tuple(a if any(p.shape[1] > 1 for p in a) else () for a in lines.axes)
+    )
+
+
+def _compare(one: Lines | None, other: Lines | None) -> Relation:
+    if one is None or other is None:
+        lines = one or other
+        assert lines is not None
+        source = lines.source
+        # Two inputs may hold the same tokens; two images, or results of two stems, do not.
+        is_plain = source.kind != "stem" and not source.spatial
+        return "unknown" if is_plain else "cross"
+    for ours, theirs in zip(one.axes, other.axes, strict=True):
+        patterns = (*ours, *theirs)
+        if any((pattern == UNKNOWN).any() for pattern in patterns):
+            return "unknown"
+        if len(ours) != len(theirs) or not all(
+            bool((a == b).all()) for a, b in zip(ours, theirs, strict=True)
+        ):
+            return "unknown" if one.source.kind == "opaque" else "cross"
+    return "self"
+
+
+def presence(lines: Lines, n: int) -> npt.NDArray[np.int8]:
+    """For each token 1 if the source stands behind it, 2 if in some rows of the batch only."""
+    mask = np.zeros(n, np.int8)
+    for axis in lines.axes:
+        for pattern in axis:
+            if pattern.shape[1] > 1:
+                known = pattern != NONE
+                here = np.where(known.all(0), 1, np.where(known.any(0), 2, 0))
+                mask = np.maximum(mask, here).astype(np.int8)
+            elif (pattern == UNKNOWN).any():
+                mask = np.maximum(mask, 1).astype(np.int8)
+    return mask
+
+
+def is_lattice(lines: Lines) -> bool:
+    """Whether a source's tokens lie on axes of space, in whatever order."""
+    source = lines.source
+    if source.kind == "stem":
+        return True
+    if source.kind == "opaque":
+        return any(r.is_image or len(r.spatial) > 1 or is_plane(r) for r in source.all_roots)
+    there = {i for i, axis in enumerate(lines.axes) if axis}
+    return len(source.spatial & there) > 1 or (len(source.extents) > 3 and len(there - {0}) > 1)
+
+
+def is_plane(source: Source) -> bool:
+    """Whether a source is position ids of places, which do not merely enumerate as those of text."""
+    if source.values is None:
+        return False
+    places = source.values.reshape(-1, source.values.shape[-1])[:, 1:3]
+    rows, columns, cells = (len(part.unique(dim=0)) for part in (*places.split(1, 1), places))
+    return cells > max(rows, columns)
