@@ -46,19 +46,8 @@ def conv(call: Call) -> Value:
     spatial = len(call.tokens(call.argument(1, "weight")).shape) - 2
     kernel = call.tokens(call.argument(1, "weight")).shape[2:]
     stride = _each(call, call.argument(3, "stride", default=1), spatial)
-    first = len(shape) - spatial
-    steps = [
-        _Along(
-            first + i,
-            kernel[i] > 1 or stride[i] > 1,
-            shape[first + i],
-            stride[i],
-            # Padding is symmetric: with stride 1, an equal size means that no position moved.
-            stride[i] == 1 and tokens.shape[first + i] == shape[first + i],
-        )
-        for i in range(spatial)
-    ]
-    return ran_along(call, _without_channels(tokens, first - 1), steps, shape)
+    steps = _strided(tokens, shape, kernel, stride)
+    return ran_along(call, _without_channels(tokens, steps[0].dim - 1), steps, shape)
 
 
 @rule(
@@ -72,18 +61,25 @@ def pool(call: Call) -> Value:
     kernel = _each(call, call.argument(1, "kernel_size"), spatial)
     given = call.argument(2, "stride")
     stride = kernel if given is None or given == [] else _each(call, given, spatial)
-    first = len(shape) - spatial
-    steps = [
-        _Along(
-            first + i,
-            kernel[i] > 1 or stride[i] > 1,
-            shape[first + i],
-            stride[i],
-            stride[i] == 1 and tokens.shape[first + i] == shape[first + i],
-        )
-        for i in range(spatial)
-    ]
+    steps = _strided(tokens, shape, kernel, stride)
     return ran_along(call, tokens, steps, shape)
+
+
+def _strided(
+    tokens: Tokens, shape: tuple[int, ...], kernel: Sequence[int], stride: Sequence[int]
+) -> list[_Along]:
+    first = len(shape) - len(kernel)
+    return [
+        _Along(
+            d,
+            k > 1 or s > 1,
+            shape[d],
+            s,
+            # Padding is symmetric: with stride 1, an equal size means that no position moved.
+            s == 1 and tokens.shape[d] == shape[d],
+        )
+        for d, k, s in zip(range(first, len(shape)), kernel, stride, strict=True)
+    ]
 
 
 @rule(
