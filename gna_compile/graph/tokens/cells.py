@@ -129,9 +129,14 @@ def compressed(array: Cells) -> Cells:
 
 
 def _narrowed(array: Cells, dim: int) -> Cells:
-    """The array of size 1 along one dimension, if it does not depend on it."""
+    """The array of size 1 along one dimension, if it does not depend on it.
+
+    What is unknown keeps the dimensions that it came from.
+    """
+    if is_unknown(array):
+        return array
     first, second = array.take([0], dim), array.take([1], dim)
-    if not (first == second).all():
+    if not (first == second).all() or (first == UNKNOWN).any():
         return array
     return first if (array == first).all() else array
 
@@ -144,8 +149,15 @@ def expanded(array: Cells, shape: Sequence[int], dims: Sequence[int]) -> Cells:
     return np.broadcast_to(array, target)
 
 
-def unknown(rank: int) -> Cells:
-    return np.full((1,) * rank, UNKNOWN)
+def unknown(shape: Sequence[int]) -> Cells:
+    """Unknown cells that depend on every dimension of the shape; takes no memory."""
+    return np.broadcast_to(UNKNOWN, tuple(shape))
+
+
+def is_unknown(array: Cells) -> bool:
+    """Whether an array was made by `unknown`, or is a view of one."""
+    is_one = all(s == 0 for s, n in zip(array.strides, array.shape, strict=True) if n > 1)
+    return array.size > 1 and is_one and bool(array.flat[0] == UNKNOWN)
 
 
 # --- reshaping -----------------------------------------------------------------------------------
@@ -190,8 +202,8 @@ def reshaped(array: Cells, shape: tuple[int, ...], new: tuple[int, ...]) -> Cell
         if varies and len(outs) > 1:
             touched.extend(outs)
         result.extend(new[j] if varies else 1 for j in outs)
-    if prod(target) > _MOST_ELEMENTS:
-        return unknown(len(new))
+    if prod(target) > _MOST_ELEMENTS or is_unknown(array):
+        return unknown(result)
     array = np.broadcast_to(array, target).reshape(result)
     for j in touched:
         if array.shape[j] > 1:
@@ -206,11 +218,13 @@ def merged(left: Cells | None, right: Cells | None) -> Cells | None:
     """Coordinates of what is computed element by element of two operands of equal rank."""
     if left is None or right is None or left is right:
         return right if left is None else left
+    shape = np.broadcast_shapes(left.shape, right.shape)
+    if is_unknown(left) or is_unknown(right):
+        return unknown(shape)
     if left.shape == right.shape and (left == right).all():
         return left
-    shape = np.broadcast_shapes(left.shape, right.shape)
     if prod(shape) > max(_MOST_OF_MIXTURES, left.size, right.size):
-        return unknown(len(shape))
+        return unknown(shape)
     joined = np.where(
         left == NONE,
         right,
@@ -279,7 +293,7 @@ def _joined(
     wide = [np.full((1,) * rank, NONE) if array is None else array for array in arrays]
     common = list(np.broadcast_shapes(*(_without(array.shape, dim) for array in wide)))
     if prod(common) * sum(lengths) > _MOST_ELEMENTS:
-        return unknown(rank)
+        return unknown([sum(lengths) if d == dim else n for d, n in enumerate(common)])
     parts = []
     for array, length in zip(wide, lengths, strict=True):
         common[dim] = length
@@ -304,6 +318,9 @@ def summed(array: Cells, dims: Sequence[int]) -> tuple[Cells | None, bool]:
     dims = tuple(d for d in dims if array.shape[d] > 1)
     if not dims:
         return array, False
+    left = [1 if d in dims else n for d, n in enumerate(array.shape)]
+    if is_unknown(array):
+        return (unknown(left) if prod(left) > 1 else None), False
     known = array > NONE
     high = array.max(dims, keepdims=True)
     low = np.where(known, array, np.int32(2**30)).min(dims, keepdims=True)
@@ -322,7 +339,7 @@ def summed(array: Cells, dims: Sequence[int]) -> tuple[Cells | None, bool]:
             return None, False
         if len(starts) > 1 and int(np.diff(starts).min()) > width:
             return np.where(empty, NONE, low), True
-    return unknown(array.ndim), False
+    return unknown(left), False
 
 
 def reduced(tokens: Tokens, dims: Sequence[int]) -> Tokens:
@@ -387,6 +404,7 @@ __all__ = [
     "expanded",
     "gathered",
     "groups_of",
+    "is_unknown",
     "lattice",
     "merged",
     "reduced",

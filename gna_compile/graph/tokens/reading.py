@@ -254,7 +254,7 @@ def _summed_away(order: Order, v: Rows) -> str:
         for source, lines in v.items()
         if source.kind in ("input", "stem")
         and (source.is_image or len(source.spatial) > 1)
-        and not lines.stands_behind()
+        and not lines.varies()
     )
     name = next(lost, "") if order.source.kind == "input" else ""
     return f"the tokens may be mixtures of those of `{name}`" if name else ""

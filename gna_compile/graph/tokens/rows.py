@@ -32,16 +32,12 @@ class Lines:
         """Whether the source tells tokens of one row apart."""
         return any(pattern.shape[1] > 1 for axis in self.axes for pattern in axis)
 
-    def stands_behind(self) -> bool:
-        """Whether it tells tokens of a row apart, or may have before they were mixed."""
-        return self.varies() or any((p == UNKNOWN).any() for axis in self.axes for p in axis)
-
 
 Rows = dict[Source, Lines]
 
 
 def is_own(lines: Lines) -> bool:
-    return lines.source.kind != "table" and lines.stands_behind()
+    return lines.source.kind != "table" and lines.varies()
 
 
 def heads_are_rows(tokens: Tokens) -> bool:
