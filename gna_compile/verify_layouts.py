@@ -559,7 +559,7 @@ class _Trial:
         if set(OPERANDS) in subject.moves.values():
             return
         for index, moved in subject.moves.items():
-            for name in set(OPERANDS) - subject.feels[index]:
+            for name in (name for name in OPERANDS if name not in subject.feels[index]):
                 other = [i for i, names in subject.moves.items() if name in names and i != index]
                 if "queries" not in moved or not (other or len(moved) == 2):
                     continue
