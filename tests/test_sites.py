@@ -1294,8 +1294,8 @@ def test_any_combination_of_steps(
     (site,) = graphs[0].sites
     assert site.obstacle is None, describe(site)
     assert (site.tokens, site.key_tokens) == (tokens, key_tokens)
-    # Scores of up to 30 are rounded to bfloat16, by the model before and after its factor.
-    assert check_numbers(graphs, 0.12) == 1
+    # By itself within 0.06; in one run of the whole suite one element in 272 was 0.086 off.
+    assert check_numbers(graphs, 0.1) == 1
 
 
 # --- more dimensions than the op has -------------------------------------------------------------
