@@ -1244,7 +1244,7 @@ def test_a_dynamic_head_size_in_the_scale_is_not_pinned() -> None:
     tokens=st.integers(2, 20),
     key_tokens=st.integers(2, 20),
     size=st.sampled_from([8, 12, 16]),
-    factor=st.floats(0.1, 2.0),
+    factor=st.floats(0.5, 2.0),
 )
 def test_any_combination_of_steps(
     rank: int,
@@ -1260,7 +1260,8 @@ def test_any_combination_of_steps(
 ) -> None:
     torch.manual_seed(0)
     head = (2, 3)[: rank - 2]
-    q = torch.randn(*head, tokens, size, dtype=torch.bfloat16)
+    # The model rounds its scores to bfloat16: of small scores that is little.
+    q = (torch.randn(*head, tokens, size) * size**-0.5).bfloat16()
     k, v = (torch.randn(*head, key_tokens, size, dtype=torch.bfloat16) for _ in range(2))
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1294,8 +1295,7 @@ def test_any_combination_of_steps(
     (site,) = graphs[0].sites
     assert site.obstacle is None, describe(site)
     assert (site.tokens, site.key_tokens) == (tokens, key_tokens)
-    # By itself within 0.06; in one run of the whole suite one element in 272 was 0.086 off.
-    assert check_numbers(graphs, 0.1) == 1
+    assert check_numbers(graphs, 6e-2) == 1
 
 
 # --- more dimensions than the op has -------------------------------------------------------------
