@@ -48,6 +48,7 @@ class Source:
         spatial: axes that were used as axes of space or time: a convolution, pooling or
             patch embedding ran along them.
         is_image: an input [B, C, axes...]; by convention its last two or three dimensions are axes.
+        is_mixed: a product with weights ran along an axis that holds no channels by convention.
         splits: for an axis, sizes into which it was split and that were then used as axes.
         node, values: of position ids, the graph's input and its values.
     """
@@ -58,6 +59,7 @@ class Source:
     roots: frozenset[Source] = frozenset()
     spatial: set[int] = field(default_factory=set)
     is_image: bool = False
+    is_mixed: bool = False
     splits: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
     node: fx.Node | None = None
     values: Any = None
@@ -359,6 +361,20 @@ def reduced(tokens: Tokens, dims: Sequence[int]) -> Tokens:
     return Tokens(shape, gathered(cells.items()))
 
 
+def mixed(tokens: Tokens, dims: Sequence[int]) -> Tokens:
+    """A tensor times weights, summed over dimensions; what comes in their place has no cells.
+
+    Notes the sources of which it sums more than channels: rows of the result may be mixtures.
+    """
+    left = reduced(tokens, dims)
+    for source, axes in tokens.cells.items():
+        channels = 1 if source.is_image else len(axes) - 1
+        after = left.cells.get(source, (None,) * len(axes))
+        lost = {i for i, a in enumerate(axes) if a is not None and a.size > 1 and after[i] is None}
+        source.is_mixed |= bool(lost - {channels})
+    return left
+
+
 def affine(array: Cells, dim: int) -> tuple[Cells, int] | None:
     """First coordinate and step along a dimension where coordinates count up evenly, else None.
 
@@ -407,6 +423,7 @@ __all__ = [
     "is_unknown",
     "lattice",
     "merged",
+    "mixed",
     "reduced",
     "reshaped",
     "summed",

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from gna_compile.graph.tokens.call import RULES, Call, Rule, Unruled, Value, rule
-from gna_compile.graph.tokens.cells import Tokens, elementwise, reduced
+from gna_compile.graph.tokens.cells import Tokens, elementwise, mixed, reduced
 from gna_compile.graph.tokens.movement import (
     inserted,
     matrix_transpose,
@@ -73,8 +73,7 @@ def linear(call: Call) -> Value:
 
 def along_last(tokens: Tokens, shape: tuple[int, ...]) -> Tokens:
     """What a product with weights makes of the rows of a tensor."""
-    left = reduced(tokens, [len(tokens.shape) - 1])
-    return Tokens(shape, left.cells)
+    return Tokens(shape, mixed(tokens, [len(tokens.shape) - 1]).cells)
 
 
 @rule("matmul", "mm", "mv", "dot")
@@ -98,14 +97,22 @@ def product(left: Tokens, right: Tokens) -> Tokens:
     is_row, is_column = len(left.shape) == 1, len(right.shape) == 1
     left = inserted(left, 0) if is_row else left
     right = inserted(right, 1) if is_column else right
-    rows = reduced(left, [len(left.shape) - 1])
-    columns = reduced(right, [len(right.shape) - 2])
+    sum_rows = mixed if _are_weights(right, 2) else reduced
+    sum_columns = mixed if _are_weights(left, 2) else reduced
+    rows = sum_rows(left, [len(left.shape) - 1])
+    columns = sum_columns(right, [len(right.shape) - 2])
     result = elementwise([rows, columns])
     if is_column:
         result = removed(result, [len(result.shape) - 1])
     if is_row:
         result = removed(result, [len(result.shape) - (1 if is_column else 2)])
     return result
+
+
+def _are_weights(tokens: Tokens, dims: int) -> bool:
+    """Whether nothing that is known of a tensor varies along its last dimensions."""
+    arrays = (a for axes in tokens.cells.values() for a in axes if a is not None)
+    return all(n == 1 for array in arrays for n in array.shape[len(tokens.shape) - dims :])
 
 
 @rule("outer")
@@ -137,7 +144,9 @@ def einsum(call: Call) -> Value:
         if len(set(term)) != len(term):
             raise Unruled  # a diagonal
         lost = [d for d, letter in enumerate(term) if letter not in output]
-        left = removed(reduced(tokens, lost), lost)
+        others = (other for other in tensors if other is not tokens)
+        by_weights = any(_are_weights(other, len(other.shape)) for other in others)
+        left = removed((mixed if by_weights else reduced)(tokens, lost), lost)
         kept = [letter for letter in term if letter in output]
         turned = permuted(left, [kept.index(letter) for letter in output if letter in kept])
         for d, letter in enumerate(output):

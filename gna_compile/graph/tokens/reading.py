@@ -245,19 +245,17 @@ def _several_lattices(orders: Sequence[Order]) -> str:
 
 
 def _summed_away(order: Order, v: Rows) -> str:
-    """What is wrong if a mere input shows the order, and another lattice was summed over.
+    """What is wrong if the order may be that of positions, and the tokens were summed over.
 
-    The tokens may be mixtures of the latter (a product along them), and the input their positions.
+    They may be mixtures (a product along them) to which the positions were added.
     """
-    lost = (
-        source.name
-        for source, lines in v.items()
-        if source.kind in ("input", "stem")
-        and (source.is_image or len(source.spatial) > 1)
-        and not lines.varies()
-    )
-    name = next(lost, "") if order.source.kind == "input" else ""
-    return f"the tokens may be mixtures of those of `{name}`" if name else ""
+    is_input = order.source.kind == "input"
+    for source, lines in v.items():
+        if source.kind not in ("input", "stem") or source is order.source or lines.varies():
+            continue
+        if source.is_mixed or (is_input and (source.is_image or len(source.spatial) > 1)):
+            return f"the tokens may be mixtures of those of `{source.name}`"
+    return ""
 
 
 def _reordered(own: Sequence[Lines], extra: Sequence[Lines]) -> str:

@@ -16,7 +16,7 @@ from gna_compile.graph.tokens.cells import (
     Tokens,
     affine,
     gathered,
-    reduced,
+    mixed,
 )
 from gna_compile.graph.tokens.movement import note_split
 
@@ -105,7 +105,7 @@ def _each(call: Call, argument: object, count: int) -> list[int]:
 
 
 def _without_channels(tokens: Tokens, dim: int) -> Tokens:
-    return reduced(tokens, [dim])
+    return mixed(tokens, [dim])
 
 
 def ran_along(call: Call, tokens: Tokens, steps: Sequence[_Along], shape: tuple[int, ...]) -> Value:
