@@ -45,7 +45,7 @@ prove: $(VENV)/.test compiler
 # On a GPU machine: what the kernels compute, then how fast; the figures go to benchmarks/results.
 gpu: $(VENV)/.test compiler
 	$(BIN)/gna doctor
-	$(BIN)/python -m pytest -n 4 $(addprefix tests/test_,sm90.py sm100.py flex.py cuda.py gpu_models.py)
+	$(BIN)/python -m pytest -n 4 tests/kernels tests/providers tests/backend/test_gpu_models.py
 	$(BIN)/python -m benchmarks kernels
 
 fuzz: $(VENV)/.dev compiler
@@ -55,7 +55,7 @@ fuzz: $(VENV)/.dev compiler
 
 # Random models of known token order, judged until interrupted.
 hunt: $(VENV)/.test compiler
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/token_programs.py $(HUNT_ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/token_programs.py $(HUNT_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
@@ -90,7 +90,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON) is missing or older than Python 3.10; set PYTHON=<a newer python3>." >&2; exit 1; }
 	@set -e; \
-	site=$$($(PYTHON) tools/supported_torch.py); \
+	site=$$($(PYTHON) .ci/supported_torch.py); \
 	test -z "$$site" || echo "Using the torch in $$site"; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $${site:+--system-site-packages} $(VENV) || { \
 	  rm -rf $(VENV); \

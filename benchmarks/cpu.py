@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from benchmarks import record
 from gna_compile.geometry import Neighborhood
 from gna_compile.ops import neighborhood_attention
-from gna_compile.providers import cpu_tiles
+from gna_compile.providers.cpu import tiles
 
 SDPA: Any = torch.nn.functional.scaled_dot_product_attention
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -138,8 +138,8 @@ def measure(
         if run is not None:
             contestants["flex"] = run
     medians = take_turns(contestants, rounds)
-    boxes = cpu_tiles.choose_boxes(neighborhood.merged)
-    tile_pairs = cpu_tiles.pairs(neighborhood.merged, boxes)
+    boxes = tiles.choose_boxes(neighborhood.merged)
+    tile_pairs = tiles.pairs(neighborhood.merged, boxes)
     return Row(
         the_case.name,
         head_dim,

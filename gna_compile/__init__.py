@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gna_compile.explaining import Explanation, explain, graph_diff
     from gna_compile.ops import neighborhood_attention
     from gna_compile.phases import PhaseSchedule, current_phase, phase, set_phase
     from gna_compile.policy import Policy, PolicyError, load_policy
-    from gna_compile.stamps import prepare, unprepare
-    from gna_compile.verify_layouts import LayoutError
+    from gna_compile.prepared.stamps import prepare, unprepare
+    from gna_compile.report.explain import Explanation, explain, graph_diff
+    from gna_compile.verify.layouts import LayoutError
 
 __version__ = "0.1.0"
 
@@ -38,9 +38,9 @@ _HOME = {
     "neighborhood_attention": "gna_compile.ops",
     **dict.fromkeys(["PhaseSchedule", "current_phase", "phase", "set_phase"], "gna_compile.phases"),
     **dict.fromkeys(["Policy", "PolicyError", "load_policy"], "gna_compile.policy"),
-    "LayoutError": "gna_compile.verify_layouts",
-    **dict.fromkeys(["prepare", "unprepare"], "gna_compile.stamps"),
-    **dict.fromkeys(["Explanation", "explain", "graph_diff"], "gna_compile.explaining"),
+    "LayoutError": "gna_compile.verify.layouts",
+    **dict.fromkeys(["prepare", "unprepare"], "gna_compile.prepared.stamps"),
+    **dict.fromkeys(["Explanation", "explain", "graph_diff"], "gna_compile.report.explain"),
 }
 
 

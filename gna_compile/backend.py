@@ -25,7 +25,7 @@ from gna_compile.policy import DEFAULT_PHASE
 if TYPE_CHECKING:
     from gna_compile.decide import Decision
     from gna_compile.policy import Policy
-    from gna_compile.stamps import Stamp
+    from gna_compile.prepared.stamps import Stamp
 
 log = logging.getLogger("gna_compile")
 
@@ -60,7 +60,7 @@ class GnaBackend:
     def reset(self) -> None:
         """Forgets loaded policies and what was said; called by `torch._dynamo.reset()`."""
         from gna_compile.policy import clear_cache
-        from gna_compile.said_aloud import forget
+        from gna_compile.report.nothing_rewritten import forget
 
         clear_cache()
         forget()
@@ -78,9 +78,9 @@ def compile_graph(
         quiet: no warnings about what stays dense.
     """
     from gna_compile.graph.rewrite import copy_with_sites, rewrite
-    from gna_compile.ids_checks import CheckedAgainstIds, ids_checks, index_checks
+    from gna_compile.prepared.runtime_check import CheckedAgainstIds, ids_checks, index_checks
     from gna_compile.report.collect import GraphRecord
-    from gna_compile.said_aloud import say
+    from gna_compile.report.nothing_rewritten import say
 
     # Whoever keeps this for later keeps no inputs alive.
     lowered = partial(lower, inner=options.inner, mode=options.mode, inductor=options.inductor)
@@ -139,7 +139,7 @@ def compile_graph(
         ]
     run = runs[0] if len(phases) == 1 else by_phase(runs, phases)
     if options.verify == "layouts":
-        from gna_compile.verify_layouts import Verification, VerifiedAtFirstCall
+        from gna_compile.verify.layouts import Verification, VerifiedAtFirstCall
 
         return VerifiedAtFirstCall(run, Verification.of(gm, plan.variants))
     return run
@@ -173,12 +173,12 @@ class GraphPlan:
 def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphPlan:
     """Decides on every site of a graph in every phase, and which phases share a graph."""
     from gna_compile.decide import decide
-    from gna_compile.graph.frame import frame_modules, guard_root_attribute, root_module
-    from gna_compile.graph.sites import find_sites
+    from gna_compile.graph.dynamo_frame import frame_modules, guard_root_attribute, root_module
+    from gna_compile.graph.sites.find import find_sites
     from gna_compile.graph.tokens.layouts import TokenFlow
-    from gna_compile.packed_grid import Mark, take_marks
     from gna_compile.policy import load_policy
-    from gna_compile.stamps import KEY, PACKED, stamp_of, stamps_below
+    from gna_compile.prepared.packed_grid import Mark, take_marks
+    from gna_compile.prepared.stamps import KEY, PACKED, stamp_of, stamps_below
 
     packed_grids = take_marks(gm)
     policy = load_policy(options.policy) if options.policy is not None else None
@@ -234,7 +234,7 @@ def by_phase(runs: Sequence[Lowered], variant_of_phase: dict[str, int]) -> Lower
 
 
 def _warn_if_recompilations_run_out() -> None:
-    from gna_compile.graph.frame import compilations_left
+    from gna_compile.graph.dynamo_frame import compilations_left
 
     if compilations_left() == 0:
         log.warning(

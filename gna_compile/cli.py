@@ -57,8 +57,8 @@ def explain(
     diff: Annotated[bool, typer.Option("--diff", help="Print the graph diff instead.")] = False,
 ) -> None:
     """Says what becomes of every attention site of a model, without lowering anything."""
-    from gna_compile.explaining import explain as explain_model
-    from gna_compile.explaining import graph_diff
+    from gna_compile.report.explain import explain as explain_model
+    from gna_compile.report.explain import graph_diff
 
     model, args, kwargs = _build(target)
     try:
@@ -154,9 +154,10 @@ def doctor() -> None:
     import torch
 
     import gna_compile.ops  # noqa: F401 - registers the op
-    from gna_compile.providers import PROVIDERS, first_use
-    from gna_compile.providers.cpu import instruction_sets
-    from gna_compile.providers.cuda_library import library
+    from gna_compile.planner import ARCHITECTURES
+    from gna_compile.providers import PROVIDERS
+    from gna_compile.providers.cpu.provider import instruction_sets
+    from gna_compile.providers.cuda.library import library
 
     supported = (2, 11) <= tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
     console.print(
@@ -172,11 +173,11 @@ def doctor() -> None:
         console.print("no CUDA device")
     isas = ", ".join(instruction_sets())
     console.print(f"CPU kernel: {isas or 'not built; install g++ or clang++ and reinstall'}")
-    built = ", ".join(name for name in ("sm90", "sm100") if library(name) is not None)
+    built = ", ".join(name for name in ARCHITECTURES if library(name) is not None)
     console.print(f"CUDA kernels: {built or 'not built; reinstall with GNA_CUDA=1'}")
-    for name in ("sm90", "sm100"):
-        cards = ", ".join(sorted(first_use.PROVEN.get(name, ())))
-        where = f"proven on {cards}" if cards else "executed by the PTX interpreter, on no GPU yet"
+    for name, architecture in ARCHITECTURES.items():
+        gpus = ", ".join(sorted(architecture.tested_on))
+        where = f"tested on {gpus}" if gpus else "executed by the PTX interpreter, on no GPU yet"
         console.print(f"  {name}: {where}; its first use on another GPU model is checked")
     for provider in PROVIDERS:
         for device in sorted(provider.fast_on):

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from gna_compile import flops, providers
 from gna_compile.geometry import Neighborhood
 from gna_compile.providers import Declined, Problem, Provider
-from gna_compile.providers.tangents import write_tangents
+from gna_compile.providers.portable.tangents import write_tangents
 
 _GEOMETRY = (
     "SymInt[] grid, SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "

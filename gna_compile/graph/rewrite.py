@@ -19,9 +19,10 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
 
-from gna_compile.graph.sites import Site
+from gna_compile.graph.mutation import written_by
+from gna_compile.graph.sites.find import Site
+from gna_compile.graph.symbols import entry_of
 from gna_compile.graph.tokens.layouts import Layout
-from gna_compile.graph.values import entry_of, written_by
 from gna_compile.policy import Parameters
 
 Rewrite = tuple[Site, Layout, Parameters]

@@ -7,7 +7,8 @@
 Plain Python on ints; importing this needs no torch.
 """
 
-from gna_compile.planner.costs import ARCHITECTURES, Architecture
+from gna_compile.planner.architectures import ARCHITECTURES
+from gna_compile.planner.costs import Architecture
 from gna_compile.planner.counts import Box, Counts, Tally, Tiling
 from gna_compile.planner.hints import better_stride
 from gna_compile.planner.search import Plan, PlanError, Workload, plan, plan_with

@@ -1,4 +1,4 @@
-"""What tiles cost on each architecture: one small table, and the time of a plan by it.
+"""What tiles cost on a GPU generation, and the time of a plan by it.
 
 All rates are per clock and per unit (streaming multiprocessor). `docs/planner.md` says where each
 number is from; some are fitted to measured times.
@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Architecture:
-    """The cost table of one architecture.
+    """One GPU generation: where its kernel runs, and what tiles cost there.
 
     Attributes:
-        name: "sm90", ...
+        name: of its provider, its library and its folder in csrc: "sm90", ...
+        capabilities: major and minor, of the GPUs that the kernel runs on.
+        tested_on: names of the GPUs on which the kernel's whole test suite has passed.
         units: streaming multiprocessors.
         clock: cycles per nanosecond.
         flops: of 16-bit matrix work, per clock.
@@ -35,6 +37,7 @@ class Architecture:
     """
 
     name: str
+    capabilities: tuple[tuple[int, int], ...]
     units: int
     clock: float
     flops: int
@@ -43,6 +46,7 @@ class Architecture:
     mask_elements: float
     bytes: float
     tiles: tuple[tuple[int, int], ...]
+    tested_on: frozenset[str] = frozenset()
     query_parts: int = 1
     max_step: int = 8
     max_span: int = 256
@@ -98,30 +102,3 @@ class Launch(NamedTuple):
         cycles = rows * self.row + visited * self.tile + boundary * self.mask
         waves = -(-rows * self.heads // self.units)
         return max(waves * cycles / rows, longest * self.tile) / self.clock * 1e-6
-
-
-# A mask takes 1.8 instructions an element; a unit issues 4 x 32 a clock.
-_MASK_ELEMENTS = 128 / 1.8
-
-ARCHITECTURES = {
-    table.name: table
-    for table in (
-        Architecture(
-            "sm90",
-            132,
-            1.816,
-            4096,
-            14.8,
-            4800,
-            17.0,
-            45.0,
-            ((128, 128),),
-            product_coordinates=32,
-            product_elements=49.0,
-        ),
-        Architecture(
-            "sm100", 148, 1.99, 8192, 16, 0, _MASK_ELEMENTS, 45.0, ((256, 128),), query_parts=2
-        ),
-    )
-}
-"""By name. sm90 is fitted to the kernel's times on an H200; sm100 rests on published B200 times."""

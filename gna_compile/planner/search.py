@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from gna_compile.geometry import Axis, Neighborhood
-from gna_compile.planner.costs import ARCHITECTURES, Architecture, Launch
+from gna_compile.planner.architectures import ARCHITECTURES
+from gna_compile.planner.costs import Architecture, Launch
 from gna_compile.planner.counts import (
     Box,
     Counts,

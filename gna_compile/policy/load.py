@@ -84,7 +84,10 @@ def json_schema() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _shipped() -> dict[str, Path]:
-    folder = Path(__file__).resolve().parent.parent / "policies"
+    package = Path(__file__).resolve().parent.parent
+    # A wheel holds them in the package, a checkout beside it; in site-packages the first exists.
+    places = (package / "policies", package.parent / "policies")
+    folder = next(place for place in places if place.is_dir())
     return {path.stem: path for path in folder.iterdir() if path.suffix in _SUFFIXES}
 
 

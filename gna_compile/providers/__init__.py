@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from gna_compile.providers.cpu import Cpu
-from gna_compile.providers.flex import Flex
-from gna_compile.providers.portable import Portable
+from gna_compile.planner.architectures import SM90, SM100
+from gna_compile.providers.cpu.provider import Cpu
+from gna_compile.providers.cuda.provider import NativeCuda
+from gna_compile.providers.flex.provider import Flex
+from gna_compile.providers.portable.provider import Portable
 from gna_compile.providers.problem import Declined, Forecast, Problem, Provider
-from gna_compile.providers.sm90 import Sm90
-from gna_compile.providers.sm100 import Sm100
 
 __all__ = ["PROVIDERS", "Declined", "Forecast", "Problem", "Provider", "choose"]
 
-PROVIDERS: list[Provider] = [Cpu(), Sm100(), Sm90(), Flex(), Portable()]
+PROVIDERS: list[Provider] = [Cpu(), NativeCuda(SM100), NativeCuda(SM90), Flex(), Portable()]
 """All providers, best first."""
 
 

@@ -85,6 +85,6 @@ def _summary(rows: list[Row]) -> str:
 def _text(gm: fx.GraphModule) -> str:
     if _listener.get() is None:
         return ""
-    from gna_compile.graph.diff import graph_text
+    from gna_compile.report.graph_text import graph_text
 
     return graph_text(gm)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gna_compile.decide import Decision
+from gna_compile.graph.symbols import hint
 from gna_compile.graph.tokens.layouts import Layout
-from gna_compile.graph.values import hint
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.planner import Plan, PlanError, Tiling, Workload, plan, plan_with
+from gna_compile.planner import ARCHITECTURES, Plan, PlanError, Tiling, Workload, plan, plan_with
 from gna_compile.policy import PolicyError
 from gna_compile.simulate import tables
 from gna_compile.simulate.front import pareto_front, recommended, rule_text
@@ -33,7 +33,9 @@ def simulate(
     suffix: Annotated[int | None, typer.Option(help="Global tokens after the grid.")] = None,
     heads: Annotated[int | None, typer.Option(help="Batch x heads; default 24.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Head size; default 128.")] = None,
-    arch: Annotated[str, typer.Option(help="Cost table: sm90, sm100, or cpu.")] = "sm90",
+    arch: Annotated[
+        str, typer.Option(help=f"Cost table: {', '.join(ARCHITECTURES)}, or cpu.")
+    ] = "sm90",
     tiling: Annotated[
         str, typer.Option(help="Key tiles start at the window (dynamic) or on a grid (static).")
     ] = "dynamic",
@@ -155,9 +157,9 @@ def _plan(
 
 def _on_cpu(console: Console, problems: list[tuple[Entry, Workload]]) -> None:
     try:
-        from gna_compile.providers.cpu_tiles import predicted_speedup
+        from gna_compile.providers.cpu.tiles import predicted_speedup
     except ImportError:  # the native kernel is not built
-        from gna_compile.providers.boxes import predicted_speedup
+        from gna_compile.providers.portable.tiles import predicted_speedup
 
     rows = []
     for entry, workload in problems:

@@ -16,7 +16,7 @@ import torch
 from ptx import build, interpreter
 from torch import Tensor
 
-from gna_compile.providers.cuda_library import BF16, FP16, GridAxis, NativeProblem, TensorView
+from gna_compile.providers.cuda.library import BF16, FP16, GridAxis, NativeProblem, TensorView
 
 ARCHITECTURES = {"sm90": ("compute_90a", (9, 0)), "sm100": ("compute_100f", (10, 0))}
 

@@ -1,4 +1,4 @@
-"""The interpreter against hardware: what an H200 gave for the cases of tools/save_cases.py.
+"""The interpreter against hardware: what an H200 gave for the cases of tests/support/save_cases.py.
 
 The tensors are the same bit for bit, the kernel and its boxes are, and so should the results be but for
 the last bits of sums and exponentials, which hardware computes in an order and a precision of its own.
@@ -13,11 +13,11 @@ import pytest
 import torch
 from ptx import build
 from ptx.attention import Attention
+from save_cases import CASES, PATH, SavedCase
 from torch import Tensor
 
 from gna_compile.geometry import Neighborhood
 from gna_compile.planner import Workload, plan
-from tools.save_cases import CASES, PATH, SavedCase
 
 pytestmark = pytest.mark.skipif(
     build.CXX is None or build.NVCC is None or not PATH.is_file(),

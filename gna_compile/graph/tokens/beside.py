@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from gna_compile.graph.position_ids import grid_from_ids, name_of, why_no_grid
 from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells
 from gna_compile.graph.tokens.order import Order, raster_of, relative
+from gna_compile.graph.tokens.position_ids import grid_from_ids, name_of, why_no_grid
 from gna_compile.graph.tokens.rows import Lines, is_plane
 from gna_compile.graph.tokens.run import Run, times
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
+from gna_compile.graph.nodes import argument_of, operator_name, tensor_of
 from gna_compile.graph.tokens.cells import Source, Tokens, lattice
 from gna_compile.graph.tokens.constants import Buffers, index_values
 from gna_compile.graph.tokens.sizes import Sizes
-from gna_compile.graph.values import argument_of, operator_name, tensor_of
 
 Value: TypeAlias = "Tokens | list[Value] | None"
 """What is known of a value: the tokens of a tensor, a list for a tuple, None for anything else."""

@@ -368,10 +368,10 @@ def mixed(tokens: Tokens, dims: Sequence[int]) -> Tokens:
     """
     left = reduced(tokens, dims)
     for source, axes in tokens.cells.items():
-        channels = 1 if source.is_image else len(axes) - 1
+        channels = {1, len(axes) - 1} if source.is_image else {len(axes) - 1}
         after = left.cells.get(source, (None,) * len(axes))
         lost = {i for i, a in enumerate(axes) if a is not None and a.size > 1 and after[i] is None}
-        source.is_mixed |= bool(lost - {channels})
+        source.is_mixed |= bool(lost - channels)
     return left
 
 

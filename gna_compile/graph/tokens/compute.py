@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from gna_compile.graph.nodes import tensor_of
 from gna_compile.graph.tokens.call import RULES, Call, Rule, Unruled, Value, rule
 from gna_compile.graph.tokens.cells import Tokens, elementwise, mixed, reduced
 from gna_compile.graph.tokens.movement import (
@@ -17,7 +18,6 @@ from gna_compile.graph.tokens.movement import (
     sliced,
     widened,
 )
-from gna_compile.graph.values import tensor_of
 
 
 def rule_for(name: str) -> Rule | None:

@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
+from gna_compile.graph.mutation import written_by
+from gna_compile.graph.nodes import operator_name, tensor_of
 from gna_compile.graph.tokens.sizes import Sizes
-from gna_compile.graph.values import operator_name, tensor_of, written_by
 
 _MOST_ELEMENTS = 2**22
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)

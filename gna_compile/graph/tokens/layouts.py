@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from gna_compile.graph.position_ids import name_of
-from gna_compile.graph.sites import Site
+from gna_compile.graph.sites.find import Site
+from gna_compile.graph.symbols import Size, hint, holds, is_known
+from gna_compile.graph.tokens.position_ids import name_of
 from gna_compile.graph.tokens.reading import Reading, Relation, Run, read, times
 from gna_compile.graph.tokens.sizes import Sizes, generic_point, matching, pin, symbolic_sizes
 from gna_compile.graph.tokens.walk import Operands, Walk
-from gna_compile.graph.values import Size, hint, holds, is_known
 from gna_compile.reasons import Reason
 
 log = logging.getLogger("gna_compile")

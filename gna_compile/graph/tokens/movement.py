@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
+from gna_compile.graph.nodes import tensor_of
 from gna_compile.graph.tokens.call import Call, Unruled, Value, rule
 from gna_compile.graph.tokens.cells import (
     NONE,
@@ -24,7 +25,6 @@ from gna_compile.graph.tokens.cells import (
     lattice,
     reshaped,
 )
-from gna_compile.graph.values import tensor_of
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
 

@@ -14,10 +14,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from gna_compile.graph.position_ids import grid_from_ids, why_no_grid
 from gna_compile.graph.tokens.beside import MAX_AXES, covers, fits, is_partly_placed, shown_beside
 from gna_compile.graph.tokens.cells import NONE, Source, Tokens
 from gna_compile.graph.tokens.order import Order, order_of
+from gna_compile.graph.tokens.position_ids import grid_from_ids, why_no_grid
 from gna_compile.graph.tokens.rows import (
     Lines,
     Relation,
@@ -144,8 +144,11 @@ def _doubted(
 ) -> Iterator[Run]:
     """The runs, in doubt where what lies beside a grid may be no global tokens.
 
-    They are if they come from other inputs, and from none that is a lattice itself.
+    They are if they come from other inputs, and from none that is a lattice itself. A grid in doubt
+    is beside the other grids, too: then none is left.
     """
+    why = "tokens beside the grid are cells of a lattice, too"
+    found = [run for run, _ in runs]
     for i, (run, main) in enumerate(runs):
         for j, (other, _) in enumerate(runs):
             if run.grid is None or main is None or i == j or other.grid is not None:
@@ -157,9 +160,12 @@ def _doubted(
                 or is_lattice(line)
                 for line in there
             ) or _has_placed_ids(q, cuts, j):
-                why = "tokens beside the grid are cells of a lattice, too"
-                run = replace(run, grid=None, doubt=why)
-        yield run
+                found[i] = replace(run, grid=None, doubt=why)
+    is_lost = any(
+        before.grid and not run.grid for run, (before, _) in zip(found, runs, strict=True)
+    )
+    for run in found:
+        yield replace(run, grid=None, doubt=why) if run.grid and is_lost else run
 
 
 def _has_placed_ids(q: Rows, cuts: Sequence[int], run: int) -> bool:

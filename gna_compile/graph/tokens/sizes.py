@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from gna_compile.graph.values import Size
+from gna_compile.graph.symbols import Size
 
 _UNBACKED = 5  # what a data-dependent size is taken for; such sites are never rewritten
 

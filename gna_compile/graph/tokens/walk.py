@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from gna_compile.graph.position_ids import may_be_ids
+from gna_compile.graph.mutation import written_by
+from gna_compile.graph.nodes import operator_name, tensor_of
+from gna_compile.graph.sites.unfused import match
 from gna_compile.graph.tokens import movement, space
 from gna_compile.graph.tokens.call import Call, Unruled, Value
 from gna_compile.graph.tokens.cells import Source, Tokens, lattice
 from gna_compile.graph.tokens.compute import attended, rule_for
 from gna_compile.graph.tokens.constants import Buffers
 from gna_compile.graph.tokens.movement import counted, new
+from gna_compile.graph.tokens.position_ids import may_be_ids
 from gna_compile.graph.tokens.sizes import Sizes
 from gna_compile.graph.tokens.writes import written_through
-from gna_compile.graph.values import operator_name, tensor_of, written_by
-from gna_compile.graph.written_out import match
 
 __all__ = ["Operands", "Walk", "movement", "space"]
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from gna_compile.graph.nodes import operator_name, tensor_of
 from gna_compile.graph.tokens.call import Call, Unruled, Value, rule
 from gna_compile.graph.tokens.cells import (
     NONE,
@@ -31,7 +32,6 @@ from gna_compile.graph.tokens.movement import (
     within,
     without_none,
 )
-from gna_compile.graph.values import operator_name, tensor_of
 
 
 @rule("setitem", "__setitem__")

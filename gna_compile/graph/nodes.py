@@ -1,0 +1,83 @@
+"""The nodes of a Dynamo graph: their values, arguments, and one name for each operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The (fake) tensor that `node` evaluates to, or None if it is no tensor or not recorded."""
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def argument_of(node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
+    """An argument of a call by position or by any of its names, else `default`."""
+    if index < len(node.args):
+        return node.args[index]
+    for name in names:
+        if name in node.kwargs:
+            return node.kwargs[name]
+    return default
+
+
+# Operators whose Python name is not their name in torch, and synonyms: what the rest of this
+# package calls them.
+_NAMES = {
+    "bmm": "matmul",
+    "linalg_matmul": "matmul",
+    "__matmul__": "matmul",
+    "multiply": "mul",
+    "imul": "mul",
+    "__mul__": "mul",
+    "__rmul__": "mul",
+    "true_divide": "div",
+    "divide": "div",
+    "truediv": "div",
+    "itruediv": "div",
+    "__truediv__": "div",
+    "iadd": "add",
+    "__add__": "add",
+    "__radd__": "add",
+    "isub": "sub",
+    "subtract": "sub",
+    "__sub__": "sub",
+    "_softmax": "softmax",
+    "special_softmax": "softmax",
+    "_to_copy": "to",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+}
+
+
+def operator_name(node: fx.Node) -> str:
+    """One name for a torch operator however it is called; "" for anything else.
+
+    A function (`torch.softmax`, `torch.nn.functional.softmax`), a Tensor method, a Python operator
+    and an `aten` overload share their name; so do in-place forms (`add_`), which `written_by`
+    tells apart.
+    """
+    name = ""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            target = target.overloadpacket
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            namespace, _, aten = target._qualified_op_name.partition("::")
+            name = aten if namespace == "aten" else ""
+        elif (getattr(target, "__module__", None) or "").split(".")[0] in (
+            "torch",
+            "_operator",
+            "builtins",
+        ):
+            name = getattr(target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return _NAMES.get(name, name)

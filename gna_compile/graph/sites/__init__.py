@@ -1,0 +1,1 @@
+"""What is an attention in a graph, and in which module."""

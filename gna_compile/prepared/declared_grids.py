@@ -1,0 +1,308 @@
+"""Declared grids, held against the inputs of the model at each call.
+
+A graph of a block alone shows no grid, so a declared one is taken at its word there, and a token
+count cannot tell a landscape from a portrait. The inputs of the whole model can: position ids, the
+latent's shape, or arguments that are sizes. The first call must agree with what is declared, each
+axis of the latent being a whole number of patches; from then on another size means the grid that
+follows from the same patches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gna_compile.graph.tokens.position_ids import SeenIds, may_be_ids, one_grid, several_grids
+from gna_compile.prepared.packed_grid import Grid, PackedGrid
+
+# Which dimensions of a latent are axes of space: [B, C, H, W]; with frames [B, C, T, H, W],
+# [B, T, C, H, W] or [B, T, H, W, C]; in a list [C, T, H, W] or [T, C, H, W].
+_READINGS: dict[tuple[int, bool], tuple[tuple[int, ...], ...]] = {
+    (4, False): ((2, 3),),
+    (5, False): ((2, 3, 4), (1, 3, 4), (1, 2, 3)),
+    (4, True): ((1, 2, 3), (0, 2, 3)),
+}
+_LARGEST_PATCH_OF_FRAMES = 8
+_NO_LATENT = re.compile(r"mask|rotary|rope|freq|bias|ids$")
+_TEXT = re.compile(r"txt|text|prompt|token|input")
+_SIZE = re.compile(r"frames|height|width|size|shape|grid|resolution|thw|hw$")
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the inputs of one call say of the grid.
+
+    Attributes:
+        words: the inputs and their sizes, for people.
+        readings: for each way to read them, the sizes along the axes of space, and what must stay
+            the same (channels) for it to be the same way.
+        patch: height and width of a patch of these inputs, if known.
+    """
+
+    words: str
+    readings: Mapping[Any, tuple[Grid, Grid]] = field(default_factory=dict)
+    patch: Grid | None = None
+
+
+@dataclass
+class Followed:
+    """A declared grid, and in which patches it lay on the inputs that agreed with it."""
+
+    declared: Grid
+    patches: dict[Any, tuple[Grid, Grid]] = field(default_factory=dict)
+
+    def at(self, sight: Sight) -> Grid | None:
+        """What the grid is in a call with these inputs; None if it does not follow from them."""
+        known = self.patches.keys() & sight.readings.keys()
+        if not known:
+            for way, (sizes, rest) in sight.readings.items():
+                patches = _patches(self.declared, sizes)
+                if patches is not None and sight.patch in (None, patches[-2:]):
+                    self.patches[way] = patches, rest
+            return self.declared if self.patches.keys() & sight.readings.keys() else None
+        found = set()
+        for way in known:
+            patches, rest = self.patches[way]
+            sizes, theirs = sight.readings[way]
+            inner = sizes[-len(patches) :]
+            whole = all(s and s % p == 0 for s, p in zip(inner, patches, strict=True))
+            if theirs == rest and whole:
+                grid = tuple(size // patch for size, patch in zip(inner, patches, strict=True))
+                found.add(self.declared[: -len(grid)] + grid)
+        return found.pop() if len(found) == 1 else None
+
+
+def is_checkable(grid: Grid) -> bool:
+    """Whether sizes of an input can tell anything of it: one axis may be anything flattened."""
+    return len(_without_units(grid)) > 1
+
+
+def _patches(grid: Grid, sizes: Grid) -> Grid | None:
+    """The patch along each of the last axes, or None if there are no such patches.
+
+    Axes in front of those of the grid (frames that are attended one by one) have none.
+    """
+    if len(grid) != len(sizes) or sizes[0] != grid[0] == 1:
+        grid = _without_units(grid)
+    inner = sizes[-len(grid) :]
+    if len(inner) < len(grid) or any(s % g for s, g in zip(inner, grid, strict=True)):
+        return None
+    patches = tuple(size // length for size, length in zip(inner, grid, strict=True))
+    *frames, height, width = patches
+    plausible = height == width > 0 and all(0 < p <= _LARGEST_PATCH_OF_FRAMES for p in frames)
+    return patches if plausible else None
+
+
+def _without_units(grid: Grid) -> Grid:
+    first = next((i for i, size in enumerate(grid) if size != 1), len(grid))
+    return grid[first:]
+
+
+def _patch_of(module: nn.Module) -> Grid | None:
+    """Height and width of a patch of the latent, if the model's configuration has them."""
+    size = getattr(getattr(module, "config", None), "patch_size", None)
+    sizes = (size, size) if isinstance(size, int) else size
+    if not isinstance(sizes, list | tuple) or len(sizes) not in (2, 3):
+        return None
+    return tuple(sizes[-2:])
+
+
+class Watch:
+    """Looks at the inputs of one module at each of its calls.
+
+    Args:
+        shown: the grids of the attention modules below it.
+        reads_ids: whether its position ids are the grid of what is below it.
+    """
+
+    def __init__(self, shown: Sequence[PackedGrid], reads_ids: bool) -> None:
+        self.shown, self.reads_ids = tuple(shown), reads_ids
+        self._ids: dict[str, SeenIds] = {}
+        self._followed: dict[Grid, Followed] = {}
+        self._first: dict[str, Any] | None = None
+        self._has_seen = False
+
+    def look(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Shows what this call's inputs say.
+
+        Costs one comparison of position ids with those of the call before, which waits for the
+        device that they are on, and a look at shapes and numbers.
+        """
+        inputs = list(_inputs(module, args, kwargs))
+        images = self._images(inputs)
+        if self.reads_ids:
+            grid: Grid | None = one_grid(images) if images else None
+            why = several_grids(images) if images and len(images) > 1 else ""
+            for shown in self.shown:
+                shown.show(grid, why)
+        if not any(shown.declared for shown in self.shown):
+            return
+        sight = _sight(inputs, images, _patch_of(module))
+        for shown in self.shown:
+            if sight is None and shown.is_seen and not self._has_seen:
+                continue  # a module around this one has seen more
+            for place, declared in enumerate(shown.declared, 1):
+                shown.show(*self._now(declared, sight, inputs), place)
+            shown.is_seen |= sight is not None
+        self._has_seen |= sight is not None
+
+    def _now(
+        self, declared: Grid, sight: Sight | None, inputs: Sequence[Input]
+    ) -> tuple[Grid | None, str]:
+        """What a declared grid is in this call, or why it is none."""
+        what = f"declared is the grid {_times(declared)}"
+        if sight is not None and is_checkable(declared):
+            followed = self._followed.setdefault(declared, Followed(declared))
+            grid = followed.at(sight)
+            return grid, "" if grid else f"{what}, which does not fit {sight.words}"
+        if self._has_seen and sight is None:
+            return None, f"{what}, and no input of this call shows whether it holds"
+        sizes = dict(_sizes(inputs))
+        if self._first is None:
+            self._first = sizes
+        changed = [name for name in self._first | sizes if self._first.get(name) != sizes.get(name)]
+        if not changed:
+            return declared, ""
+        words = ", ".join(f"{n} was {self._first.get(n)} and is {sizes.get(n)}" for n in changed)
+        return None, f"{what} when the model was first called, but since then {words}"
+
+    def _images(self, inputs: Sequence[Input]) -> tuple[tuple[int, int], ...] | None:
+        """The images that position ids enumerate; None if there are no ids."""
+        found: list[tuple[int, int]] = []
+        given = False
+        for name, value, _ in inputs:
+            if isinstance(value, torch.Tensor) and may_be_ids(name, value):
+                if name != IDS and _TEXT.search(name):
+                    continue
+                runs = self._ids.setdefault(name, SeenIds()).runs(value)
+                if name == IDS and not runs:
+                    return ()
+                given |= bool(runs)
+                found.extend(runs)
+        return tuple(found) if given else None
+
+
+IDS = "img_ids"
+Input = tuple[str, Any, bool]  # name, value, whether it is an element of a list
+
+
+def _inputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Input]:
+    """The arguments of a call by name, also those in dicts and lists, in the signature's order."""
+    try:
+        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # the call itself will say what is wrong with it
+        arguments = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+    for name, value in arguments.items():
+        yield from _flat(name, value, False)
+
+
+def _flat(name: str, value: Any, in_list: bool) -> Iterator[Input]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(str(key), item, False)
+    elif isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor | dict) for v in value):
+        for item in value:
+            yield from _flat(name, item, isinstance(value, list))
+    else:
+        yield name, value, in_list
+
+
+def _sight(
+    inputs: Sequence[Input], images: Sequence[tuple[int, int]] | None, patch: Grid | None
+) -> Sight | None:
+    """What shows the grid best: position ids, else the latent's shape, else sizes as arguments."""
+    if images is not None:
+        if len(images) > 1:
+            return Sight(f"position ids, which show {several_grids(images)}")
+        if not images:
+            return Sight("position ids, which show none")
+        (image,) = images
+        words = f"position ids, which show {_times(image)}"
+        return Sight(words, {"ids": (image, ())}, patch=(1, 1))
+    return _latent(inputs, patch) or _shapes(inputs) or _numbers(inputs)
+
+
+def _latent(inputs: Sequence[Input], patch: Grid | None) -> Sight | None:
+    latents = [
+        (name, tuple(value.shape), in_list)
+        for name, value, in_list in inputs
+        if isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and (value.ndim, in_list) in _READINGS
+        and not _NO_LATENT.search(name)
+    ]
+    if not latents:
+        return None
+    name, shape, in_list = latents[0]
+    sizes = {other for theirs, other, listed in latents if theirs == name and listed}
+    words = f"{name} of {_times(shape)}"
+    if len(sizes) > 1:
+        return Sight(f"{words} beside others")
+    readings = {}
+    for axes in _READINGS[len(shape), in_list]:
+        rest = tuple(
+            size for d, size in enumerate(shape) if d not in axes and (d or in_list)
+        )  # all but the batch
+        readings[name, len(shape), axes] = tuple(shape[axis] for axis in axes), rest
+    return Sight(words, readings, patch)
+
+
+def _shapes(inputs: Sequence[Input]) -> Sight | None:
+    """`img_shapes` and the like: for each sample a list of (frames, height, width)."""
+    for name, value, _ in inputs:
+        if name.endswith("shapes") and isinstance(value, list | tuple) and value:
+            samples = [[item] if _is_shape(item) else item for item in value]
+            if not all(
+                isinstance(s, list | tuple) and s and all(map(_is_shape, s)) for s in samples
+            ):
+                continue
+            if len({tuple(map(tuple, sample)) for sample in samples}) > 1:
+                return Sight(f"{name}, which differ between samples")
+            shapes = [tuple(shape) for shape in samples[0]]
+            if len(shapes) > 1:
+                return Sight(f"{name}, which are {several_grids(shapes)}")
+            return Sight(f"{name} of {_times(shapes[0])}", {name: (shapes[0], ())})
+    return None
+
+
+def _is_shape(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and len(value) in (2, 3)
+    return is_list and all(type(size) is int for size in value)
+
+
+def _numbers(inputs: Sequence[Input]) -> Sight | None:
+    found = {name: value for name, value, _ in inputs if type(value) is int}
+    names = [name for name in ("num_frames", "height", "width") if name in found]
+    if names[-2:] != ["height", "width"]:
+        return None
+    words = ", ".join(f"{name} {found[name]}" for name in names)
+    return Sight(words, {tuple(names): (tuple(found[name] for name in names), ())})
+
+
+def _sizes(inputs: Sequence[Input]) -> Iterator[tuple[str, Any]]:
+    """What stays the same from call to call while the grid does: sizes without the batch."""
+    has_tokens = False
+    for name, value, in_list in inputs:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.ndim > 2 and not has_tokens:
+                has_tokens = True
+                yield name, tuple(value.shape if in_list else value.shape[1:])
+            elif _SIZE.search(name) and _is_small(value):
+                yield name, value.tolist()
+        elif _SIZE.search(name) and not isinstance(value, float | bool | str | None):
+            yield name, value
+
+
+def _is_small(value: torch.Tensor) -> bool:
+    whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return whole and not value.is_meta and value.numel() <= 64
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))

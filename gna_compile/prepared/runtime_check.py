@@ -1,0 +1,151 @@
+"""What must hold of a graph's inputs at every call: position ids, and index tensors of modules.
+
+A graph built for one grid must never run on another with as many tokens.
+
+FLUX-like models flatten their latents before the transformer sees them. The grid is visible only
+in the values of the position ids, and Dynamo does not guard on values. So the grid is read from the
+ids when the graph is compiled, and before the graph runs, again whenever their content has changed.
+The grid that a graph runs on is constant, or among its inputs (`packed_grid.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gna_compile.graph.symbols import Size, entry_of
+from gna_compile.graph.tokens.layouts import Layout, same_grid, times
+from gna_compile.graph.tokens.position_ids import SeenIds, same_content
+from gna_compile.lower import Lowered
+from gna_compile.prepared.stamps import show_grid
+
+log = logging.getLogger("gna_compile")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A number among a graph's inputs, or a size of the tensor there."""
+
+    index: int
+    axis: int | None = None
+
+    def of(self, inputs: Sequence[Any]) -> int:
+        value = inputs[self.index]
+        return int(value if self.axis is None else value.shape[self.axis])
+
+
+@dataclass(frozen=True)
+class IdsCheck:
+    """Position of an ids tensor among a graph's inputs, and the grid that its values must show."""
+
+    index: int
+    grid: tuple[int | Input, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class IndexCheck:
+    """Position of an index tensor among a graph's inputs, and the values that it must have."""
+
+    index: int
+    values: torch.Tensor
+
+
+def index_checks(
+    gm: fx.GraphModule, layouts: Sequence[Layout], example_inputs: Sequence[Any]
+) -> tuple[IndexCheck, ...]:
+    """Which inputs of `gm` must keep their values for these layouts to be true."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    positions = dict.fromkeys(placeholders.index(node) for x in layouts for node in x.indices)
+    return tuple(IndexCheck(i, example_inputs[i].detach().clone()) for i in positions)
+
+
+def ids_checks(gm: fx.GraphModule, layouts: Sequence[Layout]) -> tuple[IdsCheck, ...]:
+    """What must hold of the inputs of `gm` for these layouts to be true."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    checks = [
+        IdsCheck(placeholders.index(x.ids), tuple(_found(size, placeholders) for size in x.grid))
+        for x in layouts
+        if x.ids is not None
+    ]
+    return tuple(dict.fromkeys(checks))
+
+
+def _found(size: Size, placeholders: Sequence[fx.Node]) -> int | Input:
+    """The size, or where a symbolic one is to be found."""
+    if isinstance(size, int):
+        return size
+    found = entry_of(size.node.expr, placeholders)
+    if found is None:
+        raise KeyError(f"the size {size} does not enter this graph")
+    node, axis = found
+    return Input(placeholders.index(node), axis)
+
+
+class CheckedAgainstIds:
+    """Runs the rewritten graph while the ids show its grid, and the dense one when they do not.
+
+    What decides is the content of the ids at each call: one comparison with those that were read
+    last, which waits for the device that they are on.
+
+    Args:
+        rewritten: the lowered, rewritten graph.
+        dense: the dense graph, lowered or to be lowered at the first mismatch.
+        checks: from `ids_checks`.
+        indices: from `index_checks`.
+        root: the compiled module. If it is prepared, a mismatch tells it the grid, so that the
+            next call takes it.
+    """
+
+    def __init__(
+        self,
+        rewritten: Lowered,
+        dense: Lowered,
+        checks: Sequence[IdsCheck],
+        indices: Sequence[IndexCheck],
+        root: nn.Module | None,
+    ) -> None:
+        self._rewritten, self._dense = rewritten, dense
+        self._checks, self._indices = checks, indices
+        self._root = weakref.ref(root) if root is not None else lambda: None
+        self._seen = {check.index: SeenIds() for check in checks}
+        self._warned: set[tuple[int, ...] | None] = set()
+
+    def __call__(self, *inputs: Any) -> Any:
+        for index in self._indices:
+            if not same_content(index.values, inputs[index.index]):
+                if None not in self._warned:
+                    log.warning(
+                        "a buffer that says in which order tokens lie has changed since this graph "
+                        "was compiled: running dense. Compile the model again"
+                    )
+                self._warned.add(None)
+                return self._dense(*inputs)
+        for check in self._checks:
+            shown = self._seen[check.index].grid(inputs[check.index])
+            grid = tuple(s.of(inputs) if isinstance(s, Input) else s for s in check.grid)
+            if shown is None or not same_grid(shown, grid):
+                self._report(shown, grid)
+                return self._dense(*inputs)
+        return self._rewritten(*inputs)
+
+    def _report(self, shown: tuple[int, ...] | None, grid: tuple[int, ...]) -> None:
+        root = self._root()
+        prepared = root is not None and show_grid(root, shown)
+        if shown in self._warned:
+            return
+        self._warned.add(shown)
+        log.warning(
+            "position ids show %s, this graph is to run on the grid %s: running dense%s",
+            "no grid" if shown is None else f"the grid {times(shown)}",
+            times(grid),
+            ", the next call takes it"
+            if prepared
+            else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
+            "when the grid changes",
+        )

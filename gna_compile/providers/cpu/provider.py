@@ -1,0 +1,132 @@
+"""The provider that runs the C++ kernel of csrc/cpu; see its header gna_cpu.h.
+
+It reads and writes the caller's tensors in place, whatever their strides, with as many threads as
+PyTorch would use.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gna_compile.providers.problem import Forecast, Problem
+
+try:
+    from gna_compile import _native
+except ImportError:  # installed without a C++ compiler
+    _available = False
+else:
+    from gna_compile.providers.cpu import tiles
+
+    _available = True
+
+
+def instruction_sets() -> list[str]:
+    """The native kernel's instruction sets that this processor has, best first; [] if not built."""
+    return _native.isas() if _available else []
+
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_HEAD_DIM = 256
+
+
+class Cpu:
+    """The native CPU kernel; fp32, bf16 and fp16, computed in fp32 or products of bf16.
+
+    Args:
+        isa: the instruction set to use, one of `_native.isas()`; "" takes the best.
+    """
+
+    name = "cpu"
+    fast_on = frozenset({"cpu"})
+
+    def __init__(self, isa: str = "") -> None:
+        self._isa = isa
+
+    def supports(self, problem: Problem) -> str | None:
+        if not _available:
+            return "the native extension was not built"
+        if problem.device != "cpu":
+            return f"runs on cpu, not {problem.device}"
+        if problem.dtype not in _TYPES:
+            return f"takes fp32, bf16 and fp16, not {problem.dtype}"
+        if problem.head_dim > _MAX_HEAD_DIM:
+            return f"head size {problem.head_dim} is larger than {_MAX_HEAD_DIM}"
+        return None
+
+    def forecast(self, problem: Problem) -> Forecast:
+        return Forecast(tiles.predicted_speedup(problem.neighborhood))
+
+    def forward(
+        self,
+        problem: Problem,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        output: Tensor,
+        logsumexp: Tensor,
+    ) -> None:
+        _native.forward(
+            self._native_problem(problem, key_mask, scale),
+            _argument(query),
+            _argument(key),
+            _argument(value),
+            _argument(output),
+            logsumexp.data_ptr(),
+        )
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_output: Tensor,
+        grad_logsumexp: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+    ) -> None:
+        logsumexp = logsumexp.contiguous()
+        _native.backward(
+            self._native_problem(problem, key_mask, scale),
+            _argument(grad_output),
+            None if grad_logsumexp is None else _argument(grad_logsumexp),
+            _argument(query),
+            _argument(key),
+            _argument(value),
+            _argument(output),
+            logsumexp.data_ptr(),
+            _argument(grad_query),
+            _argument(grad_key),
+            _argument(grad_value),
+        )
+
+    def _native_problem(
+        self, problem: Problem, key_mask: Tensor | None, scale: float
+    ) -> _native.Problem:
+        neighborhood = problem.neighborhood.merged
+        boxes = tiles.choose_boxes(neighborhood)
+        return _native.Problem(
+            type=_TYPES[problem.dtype],
+            sizes=(problem.batch, problem.heads, problem.kv_heads, problem.head_dim),
+            axes=[tiles.arguments(axis) for axis in neighborhood.axes],
+            prefix=neighborhood.prefix,
+            suffix=neighborhood.suffix,
+            log2_query_box=boxes.queries,
+            log2_key_box=boxes.keys,
+            scale=scale,
+            key_mask=None if key_mask is None else _argument(key_mask),
+            threads=torch.get_num_threads(),
+            isa=self._isa,
+        )
+
+
+def _argument(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()

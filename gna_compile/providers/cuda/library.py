@@ -1,0 +1,102 @@
+"""The CUDA kernels' shared libraries and their C interface; see csrc/include/gna/cuda/gna_cuda.h."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+BF16, FP16 = 1, 2
+
+
+class TensorView(Structure):
+    """gna_cuda_tensor."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+    ]
+
+
+class GridAxis(Structure):
+    """gna_cuda_axis."""
+
+    _fields_ = [
+        (name, c_int32)
+        for name in (
+            "length",
+            "window",
+            "stride",
+            "dilation",
+            "causal",
+            "log2_query_box",
+            "log2_key_box",
+        )
+    ]
+
+
+class NativeProblem(Structure):
+    """gna_cuda_problem."""
+
+    _fields_ = [
+        ("type", c_int32),
+        ("batch", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("axis_count", c_int32),
+        ("axes", GridAxis * 3),
+        ("prefix", c_int32),
+        ("suffix", c_int32),
+        ("key_mask", c_void_p),
+        ("key_mask_batch_stride", c_int64),
+        ("key_mask_token_stride", c_int64),
+        ("scale", c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class Library:
+    """The functions of one architecture's library.
+
+    Attributes:
+        path: of its file.
+        declines: (batch, heads, tokens, tensor) -> why the kernel cannot read it, or None.
+        forward: (problem, query, key, value, output, logsumexp, stream) -> 0 or an error's number.
+        message: what went wrong in this thread's last call of `forward` that failed.
+    """
+
+    path: str
+    declines: Callable[..., bytes | None]
+    forward: Callable[..., int]
+    message: Callable[[], bytes]
+
+
+@lru_cache
+def library(name: str) -> Library | None:
+    """The library "sm90" or "sm100", or None if it was not built. It loads without GPU and driver."""
+    # An editable installation has the sources in one folder of the package, what is built in another.
+    package = find_spec("gna_compile")
+    folders = (package and package.submodule_search_locations) or ()
+    places = [Path(folder) / f"_{name}.so" for folder in folders]
+    built = [path for path in places if path.exists()]
+    if not built:
+        return None
+    loaded = ctypes.CDLL(str(built[0]))
+    declines, forward, message = (
+        getattr(loaded, f"gna_{name}_{function}") for function in ("declines", "forward", "message")
+    )
+    tensor = POINTER(TensorView)
+    declines.argtypes = [c_int32, c_int32, c_int32, tensor]
+    declines.restype = c_char_p
+    forward.argtypes = [POINTER(NativeProblem), *[tensor] * 4, c_void_p, c_void_p]
+    forward.restype = c_int32
+    message.argtypes = []
+    message.restype = c_char_p
+    return Library(str(built[0]), declines, forward, message)

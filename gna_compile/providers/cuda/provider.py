@@ -1,0 +1,278 @@
+"""The provider of a native CUDA kernel; see csrc/include/gna/cuda/gna_cuda.h.
+
+Forward only: gradients are FlexAttention's, or the portable provider's where it cannot run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gna_compile.planner import (
+    Architecture,
+    PlanError,
+    Workload,
+    better_stride,
+    plan,
+    speedups,
+)
+from gna_compile.providers.cuda import first_use
+from gna_compile.providers.cuda.library import (
+    BF16,
+    FP16,
+    GridAxis,
+    NativeProblem,
+    TensorView,
+    library,
+)
+from gna_compile.providers.flex.provider import Flex
+from gna_compile.providers.portable.provider import Portable
+from gna_compile.providers.problem import Forecast, Problem, Provider
+
+_TYPES = {torch.bfloat16: BF16, torch.float16: FP16}
+_HEAD_DIMS = range(8, 129, 8)
+_KERNEL_HEAD_DIMS = (64, 128)  # other sizes cost as much as the next of the two
+_ALIGNMENT = 16  # bytes
+
+# With a scale of 0 a hidden score, minus infinity, would become NaN.
+_SMALLEST_SCALE = 1e-30
+
+
+class NativeCuda:
+    """The native kernel of a GPU generation; bf16 and fp16, accumulated in fp32."""
+
+    fast_on = frozenset({"cuda"})
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.name = architecture.name
+        self._architecture = architecture
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.device != "cuda":
+            return f"runs on cuda, not {problem.device}"
+        loaded = library(self.name)
+        if loaded is None:
+            return "the CUDA kernel was not built"
+        capability = current_capability()
+        if capability == (0, 0):
+            return "there is no CUDA device"
+        capabilities = self._architecture.capabilities
+        if capability not in capabilities:
+            needed = " or ".join(f"{major}.{minor}" for major, minor in capabilities)
+            return f"needs compute capability {needed}, not {capability[0]}.{capability[1]}"
+        return self.declines(problem) or first_use.failure(
+            self.name, loaded.path, torch.cuda.current_device()
+        )
+
+    def declines(self, problem: Problem) -> str | None:
+        """Why no device could run `problem` with this kernel, or None if one could."""
+        if problem.dtype not in _TYPES:
+            return f"takes bf16 and fp16, not {problem.dtype}"
+        if problem.head_dim not in _HEAD_DIMS:
+            return f"head size {problem.head_dim} is not a multiple of 8 up to {_HEAD_DIMS[-1]}"
+        try:
+            _boxes(problem, self.name)
+        except PlanError as error:
+            return str(error)
+        tensors = (
+            ("query", problem.heads, problem.query_strides),
+            ("key", problem.kv_heads, problem.key_strides),
+            ("value", problem.kv_heads, problem.value_strides),
+        )
+        for name, heads, strides in tensors:
+            reason = _unreadable(self.name, problem, heads, strides)
+            if reason:
+                return f"{name}: {reason}"
+        return None
+
+    def forecast(self, problem: Problem) -> Forecast:
+        return forecast(problem, self.name)
+
+    def forward(
+        self,
+        problem: Problem,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        output: Tensor,
+        logsumexp: Tensor,
+    ) -> None:
+        if scale < 0:
+            query, scale = -query, -scale
+        loaded = library(self.name)
+        assert loaded is not None
+        native = NativeProblem.from_buffer_copy(_native_problem(problem, self.name))
+        native.scale = max(scale, _SMALLEST_SCALE)
+        if key_mask is not None and key_mask.numel():
+            native.key_mask = key_mask.data_ptr()
+            native.key_mask_batch_stride, native.key_mask_token_stride = key_mask.stride()
+        # Copies, if any, must outlive the launch: until then their memory could be handed out again.
+        query, key, value = _aligned(query), _aligned(key), _aligned(value)
+        written = output
+        strides = output.stride()
+        is_writable = strides == query.stride() or _is_writable(self.name, problem, strides)
+        if output.data_ptr() % _ALIGNMENT or not is_writable:
+            written = torch.empty_like(query)
+        arguments = (
+            native,
+            _view(query),
+            _view(key),
+            _view(value),
+            _view(written),
+            logsumexp.data_ptr(),
+        )
+        device = query.device.index
+        if device == torch.cuda.current_device():
+            code = loaded.forward(*arguments, _stream(device))
+        else:
+            with torch.cuda.device(device):
+                code = loaded.forward(*arguments, _stream(device))
+        if code != 0:
+            raise RuntimeError(f"{self.name}: {loaded.message().decode()}; {problem}")
+        if written is not output:
+            output.copy_(written)
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_output: Tensor,
+        grad_logsumexp: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+    ) -> None:
+        gradients: Provider = Flex()
+        if gradients.supports(problem) is not None:
+            gradients = Portable()
+        gradients.backward(
+            problem,
+            grad_output,
+            grad_logsumexp,
+            query,
+            key,
+            value,
+            output,
+            logsumexp,
+            key_mask,
+            scale,
+            grad_query,
+            grad_key,
+            grad_value,
+        )
+
+
+def forecast(problem: Problem, architecture: str) -> Forecast:
+    """What the planner says of `problem` on an architecture of its cost table."""
+    workload = workload_of(problem)
+    stride = better_stride(workload, architecture)
+    hint = ""
+    if stride is not None:
+        hint = f"hint: with stride {'x'.join(map(str, stride))} no key tile would need a mask"
+    return Forecast(speedups(plan(workload, architecture)).predicted, hint)
+
+
+def workload_of(problem: Problem) -> Workload:
+    """What the planner needs of a problem."""
+    return Workload(
+        problem.neighborhood.merged,
+        heads=problem.batch * problem.heads,
+        # The kernels compute the columns up to the next of their head sizes, too.
+        head_dim=next(
+            (size for size in _KERNEL_HEAD_DIMS if size >= problem.head_dim), problem.head_dim
+        ),
+        element_bytes=problem.dtype.itemsize,
+        key_mask=problem.has_key_mask,
+    )
+
+
+def current_capability() -> tuple[int, int]:
+    """Compute capability of PyTorch's current device; (0, 0) without one."""
+    if not torch.cuda.is_available():
+        return (0, 0)
+    return _capability(torch.cuda.current_device())
+
+
+@lru_cache(maxsize=64)
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _boxes(problem: Problem, architecture: str) -> tuple[ctypes.Array[GridAxis], int]:
+    """Axes and boxes as the kernel takes them, and how many there are."""
+    cut = plan(workload_of(problem), architecture)
+    axes = [
+        GridAxis(
+            axis.length,
+            axis.window,
+            axis.stride,
+            axis.dilation,
+            axis.causal,
+            query.bit_length() - 1,
+            key.bit_length() - 1,
+        )
+        for axis, query, key in zip(
+            cut.workload.neighborhood.axes, cut.query_box, cut.key_box, strict=True
+        )
+    ]
+    return (GridAxis * 3)(*axes), len(axes)
+
+
+def _unreadable(name: str, problem: Problem, heads: int, strides: tuple[int, ...]) -> str | None:
+    if strides[3] != 1 and problem.head_dim != 1:
+        return "the last dimension is not contiguous"
+    loaded = library(name)
+    if loaded is None:
+        return None
+    view = TensorView(None, *strides[:3])
+    reason = loaded.declines(problem.batch, heads, problem.neighborhood.tokens, byref(view))
+    return reason.decode() if reason else None
+
+
+@lru_cache(maxsize=1024)
+def _is_writable(name: str, problem: Problem, strides: tuple[int, ...]) -> bool:
+    return _unreadable(name, problem, problem.heads, strides) is None
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its address is not what the copy engine needs."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _view(tensor: Tensor) -> TensorView:
+    return TensorView(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _stream(device: int) -> int:
+    """The current stream's address; as compiled code asks for it, ten times faster than the object."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
+
+
+@lru_cache(maxsize=1024)
+def _native_problem(problem: Problem, architecture: str) -> NativeProblem:
+    """All of the problem that does not change from call to call."""
+    axes, count = _boxes(problem, architecture)
+    return NativeProblem(
+        _TYPES[problem.dtype],
+        problem.batch,
+        problem.heads,
+        problem.kv_heads,
+        problem.head_dim,
+        count,
+        axes,
+        problem.neighborhood.prefix,
+        problem.neighborhood.suffix,
+    )

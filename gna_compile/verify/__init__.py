@@ -1,0 +1,1 @@
+"""Claimed layouts, checked on the real inputs by perturbation."""

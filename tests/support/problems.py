@@ -1,0 +1,67 @@
+"""Problems of providers, and what is asked of their results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gna_compile.geometry import Axis, Neighborhood
+from gna_compile.providers import Problem
+
+
+@st.composite
+def axes(draw: st.DrawFn, longest: int = 24) -> Axis:
+    length = draw(st.integers(1, longest))
+    dilation = draw(st.integers(1, min(length, 4)))
+    window = draw(st.integers(1, length // dilation))
+    return Axis(length, window, draw(st.integers(1, window)), dilation, draw(st.booleans()))
+
+
+def problem(neighborhood: Neighborhood, **changes: Any) -> Problem:
+    tokens = neighborhood.tokens
+    strides = (tokens * 16, tokens * 8, 8, 1)
+    facts: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": torch.float32,
+        "batch": 1,
+        "heads": 2,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "neighborhood": neighborhood,
+        "has_key_mask": False,
+        "query_strides": strides,
+        "key_strides": strides,
+        "value_strides": strides,
+    }
+    return Problem(**(facts | changes))
+
+
+class Watch(TorchDispatchMode):
+    """Remembers the largest tensor that any operator made, in elements of memory."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and 0 not in tensor.shape:
+                extent = sum(
+                    (size - 1) * stride
+                    for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+                )
+                self.largest = max(self.largest, extent + 1)
+        return result
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value (at least 1); inf where NaN or unequal."""
+    if actual.numel() == 0:
+        return 0.0
+    actual, expected = actual.detach().double(), expected.detach()
+    difference = torch.where(actual == expected, 0.0, (actual - expected).abs())
+    worst = float(difference.nan_to_num(torch.inf, torch.inf).max())
+    return worst / max(float(expected.abs().nan_to_num(0, 0, 0).max()), 1.0)
