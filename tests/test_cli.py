@@ -93,5 +93,5 @@ def test_doctor() -> None:
     assert "provider cpu on cpu: usable" in output
     assert "CPU kernel: " in output
     assert "provider sm90 on cuda: " in output
-    assert "sm90: proven on NVIDIA H100" in output
+    assert "sm90: tested on NVIDIA H100" in output
     assert "sm100: executed by the PTX interpreter, on no GPU yet" in output

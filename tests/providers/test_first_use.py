@@ -30,7 +30,7 @@ class Wrong(Portable):
 
 
 @pytest.fixture
-def _card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA B200")
     monkeypatch.setenv(first_use.CACHE, str(tmp_path / "cache"))
     monkeypatch.delenv(first_use.SWITCH, raising=False)
@@ -76,9 +76,9 @@ def test_the_process_runs_the_check() -> None:
     assert "there is no provider 'absent'" in (unknown.failure or "") and unknown.is_of_the_kernel
 
 
-@pytest.mark.usefixtures("_card")
-def test_a_result_is_kept_by_library_and_card(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.usefixtures("_gpu")
+def test_a_result_is_kept_by_library_and_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[list[str]] = []
     results = ["logsumexp of torch.float16, head size 64: relative error nan", None]
@@ -92,8 +92,9 @@ def test_a_result_is_kept_by_library_and_card(
     library.write_bytes(b"first build")
     for _ in range(2):
         first_use.failure.cache_clear()
-        with pytest.warns(UserWarning, match="does not use sm100 here"):
-            reason = first_use.failure("sm100", str(library), 1)
+        caplog.clear()
+        reason = first_use.failure("sm100", str(library), 1)
+        assert "does not use sm100 here" in caplog.text
         assert "NVIDIA B200 failed: logsumexp" in (reason or "") and "delete it" in (reason or "")
     assert [command[-2:] for command in asked] == [["sm100", "cuda:1"]]
 
@@ -104,16 +105,16 @@ def test_a_result_is_kept_by_library_and_card(
     assert sorted(bool(entry["failure"]) for entry in kept) == [False, True]
 
 
-@pytest.mark.usefixtures("_card")
+@pytest.mark.usefixtures("_gpu")
 def test_what_is_not_of_the_kernel_is_not_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     library = tmp_path / "_sm100.so"
     library.write_bytes(b"a build")
     outcomes = [Outcome("no memory", False), Outcome(None, True)]
     monkeypatch.setattr(first_use, "run", lambda *_: outcomes.pop(0))
-    with pytest.warns(UserWarning, match="could not be checked on NVIDIA B200: no memory"):
-        assert first_use.failure("sm100", str(library), 0) is not None
+    assert first_use.failure("sm100", str(library), 0) is not None
+    assert "could not be checked on NVIDIA B200: no memory" in caplog.text
     first_use.failure.cache_clear()
     assert first_use.failure("sm100", str(library), 0) is None
     assert not outcomes
@@ -127,13 +128,13 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     path = first_use._cache() / "result.json"
-    first_use._keep(path, "a card", None)
+    first_use._keep(path, "a GPU", None)
     with pytest.raises(NotADirectoryError):
         path.read_text()
 
 
-@pytest.mark.usefixtures("_card")
-def test_proven_cards_and_the_switch_skip_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_gpu")
+def test_tested_gpus_and_the_switch_skip_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_use, "run", lambda *_: "must not run")
     monkeypatch.setenv(first_use.SWITCH, "0")
     assert first_use.failure("sm100", "/nowhere", 0) is None
