@@ -173,12 +173,17 @@ class GraphPlan:
 def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphPlan:
     """Decides on every site of a graph in every phase, and which phases share a graph."""
     from gna_compile.decide import decide
-    from gna_compile.graph.dynamo_frame import frame_modules, guard_root_attribute, root_module
+    from gna_compile.graph.dynamo_frame import (
+        frame_modules,
+        guard_root_attribute,
+        is_resumed,
+        root_module,
+    )
     from gna_compile.graph.sites.find import find_sites
     from gna_compile.graph.tokens.layouts import TokenFlow
     from gna_compile.policy import load_policy
     from gna_compile.prepared.packed_grid import Mark, take_marks
-    from gna_compile.prepared.stamps import KEY, PACKED, stamp_of, stamps_below
+    from gna_compile.prepared.stamps import KEY, PACKED, model_around, stamp_of, stamps_below
 
     packed_grids = take_marks(gm)
     policy = load_policy(options.policy) if options.policy is not None else None
@@ -202,7 +207,8 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
             len(sites),
         )
     phases = list(dict.fromkeys([DEFAULT_PHASE, *(name for p in policies for name in p.phases)]))
-    flow = TokenFlow(gm, example_inputs)
+    is_whole = not is_resumed() and model_around(root) is root
+    flow = TokenFlow(gm, example_inputs, is_whole)
     decisions: dict[str, list[Decision]] = {}
     for phase in phases:
         decisions[phase] = [

@@ -4,7 +4,8 @@ A graph of a block alone shows no grid, so a declared one is taken at its word t
 count cannot tell a landscape from a portrait. The inputs of the whole model can: position ids, the
 latent's shape, or arguments that are sizes. The first call must agree with what is declared, each
 axis of the latent being a whole number of patches; from then on another size means the grid that
-follows from the same patches.
+follows from the same patches. Where several inputs could be the latent, and only some of them change,
+the grid is not known.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -34,17 +36,22 @@ _TEXT = re.compile(r"txt|text|prompt|token|input")
 _SIZE = re.compile(r"frames|height|width|size|shape|grid|resolution|thw|hw$")
 
 
+_LEAVES = (torch.Tensor, nn.Module, Enum)
+
+
 @dataclass(frozen=True)
 class Sight:
-    """What the inputs of one call say of the grid.
+    """What an input of one call, or several together, say of the grid.
 
     Attributes:
+        name: of the inputs.
         words: the inputs and their sizes, for people.
         readings: for each way to read them, the sizes along the axes of space, and what must stay
             the same (channels) for it to be the same way.
         patch: height and width of a patch of these inputs, if known.
     """
 
+    name: str
     words: str
     readings: Mapping[Any, tuple[Grid, Grid]] = field(default_factory=dict)
     patch: Grid | None = None
@@ -124,7 +131,8 @@ class Watch:
     def __init__(self, shown: Sequence[PackedGrid], reads_ids: bool) -> None:
         self.shown, self.reads_ids = tuple(shown), reads_ids
         self._ids: dict[str, SeenIds] = {}
-        self._followed: dict[Grid, Followed] = {}
+        self._followed: dict[Grid, dict[str, Followed]] = {}
+        self._agreed_with: dict[Grid, Mapping[str, Any]] = {}
         self._first: dict[str, Any] | None = None
         self._has_seen = False
 
@@ -143,25 +151,24 @@ class Watch:
                 shown.show(grid, why)
         if not any(shown.declared for shown in self.shown):
             return
-        sight = _sight(inputs, images, _patch_of(module))
+        sights = _sights(inputs, images, _patch_of(module))
         for shown in self.shown:
-            if sight is None and shown.is_seen and not self._has_seen:
+            if not sights and shown.is_seen and not self._has_seen:
                 continue  # a module around this one has seen more
             for place, declared in enumerate(shown.declared, 1):
-                shown.show(*self._now(declared, sight, inputs), place)
-            shown.is_seen |= sight is not None
-        self._has_seen |= sight is not None
+                shown.show(*self._now(declared, sights, inputs), place)
+            shown.is_seen |= bool(sights)
+        self._has_seen |= bool(sights)
 
     def _now(
-        self, declared: Grid, sight: Sight | None, inputs: Sequence[Input]
+        self, declared: Grid, sights: Sequence[Sight], inputs: Sequence[Input]
     ) -> tuple[Grid | None, str]:
         """What a declared grid is in this call, or why it is none."""
         what = f"declared is the grid {_times(declared)}"
-        if sight is not None and is_checkable(declared):
-            followed = self._followed.setdefault(declared, Followed(declared))
-            grid = followed.at(sight)
-            return grid, "" if grid else f"{what}, which does not fit {sight.words}"
-        if self._has_seen and sight is None:
+        if sights and is_checkable(declared):
+            grid, why = self._agreed(declared, sights)
+            return grid, "" if grid else f"{what}, {why}"
+        if self._has_seen and not sights:
             return None, f"{what}, and no input of this call shows whether it holds"
         sizes = dict(_sizes(inputs))
         if self._first is None:
@@ -171,6 +178,28 @@ class Watch:
             return declared, ""
         words = ", ".join(f"{n} was {self._first.get(n)} and is {sizes.get(n)}" for n in changed)
         return None, f"{what} when the model was first called, but since then {words}"
+
+    def _agreed(self, declared: Grid, sights: Sequence[Sight]) -> tuple[Grid | None, str]:
+        """The grid on which all inputs agree that can show it; why there is none."""
+        followed = self._followed.setdefault(declared, {})
+        grids = {
+            sight.name: followed.setdefault(sight.name, Followed(declared)).at(sight)
+            for sight in sights
+        }
+        now = {sight.name: sight.readings for sight in sights}
+        if declared not in self._agreed_with:
+            if declared not in grids.values():
+                return None, f"which does not fit {sights[0].words}"
+            self._agreed_with[declared] = now
+        before = self._agreed_with[declared]
+        changed = [sight for sight in sights if before.get(sight.name) != sight.readings]
+        if not changed and now.keys() == before.keys():
+            return declared, ""
+        showing = {name: grid for name, grid in grids.items() if followed[name].patches}
+        words = " and ".join(sight.words for sight in changed or sights)
+        if len(set(showing.values())) == 1 and any(sight.name in showing for sight in changed):
+            return next(iter(showing.values())), f"which does not fit {words}"
+        return None, f"which does not follow from {words}: not all sizes that show it changed alike"
 
     def _images(self, inputs: Sequence[Input]) -> tuple[tuple[int, int], ...] | None:
         """The images that position ids enumerate; None if there are no ids."""
@@ -209,26 +238,30 @@ def _flat(name: str, value: Any, in_list: bool) -> Iterator[Input]:
     elif isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor | dict) for v in value):
         for item in value:
             yield from _flat(name, item, isinstance(value, list))
+    elif hasattr(value, "__dict__") and not isinstance(value, _LEAVES) and not callable(value):
+        for key, item in vars(value).items():
+            if isinstance(item, torch.Tensor | int | list | tuple):
+                yield from _flat(key, item, False)
     else:
         yield name, value, in_list
 
 
-def _sight(
+def _sights(
     inputs: Sequence[Input], images: Sequence[tuple[int, int]] | None, patch: Grid | None
-) -> Sight | None:
-    """What shows the grid best: position ids, else the latent's shape, else sizes as arguments."""
+) -> list[Sight]:
+    """What shows the grid: position ids, else shapes of what may be the latent, sizes as arguments."""
     if images is not None:
         if len(images) > 1:
-            return Sight(f"position ids, which show {several_grids(images)}")
+            return [Sight("ids", f"position ids, which show {several_grids(images)}")]
         if not images:
-            return Sight("position ids, which show none")
+            return [Sight("ids", "position ids, which show none")]
         (image,) = images
         words = f"position ids, which show {_times(image)}"
-        return Sight(words, {"ids": (image, ())}, patch=(1, 1))
-    return _latent(inputs, patch) or _shapes(inputs) or _numbers(inputs)
+        return [Sight("ids", words, {"ids": (image, ())}, patch=(1, 1))]
+    return [*_latents(inputs, patch), *_shapes(inputs), *_numbers(inputs)]
 
 
-def _latent(inputs: Sequence[Input], patch: Grid | None) -> Sight | None:
+def _latents(inputs: Sequence[Input], patch: Grid | None) -> Iterator[Sight]:
     latents = [
         (name, tuple(value.shape), in_list)
         for name, value, in_list in inputs
@@ -237,23 +270,26 @@ def _latent(inputs: Sequence[Input], patch: Grid | None) -> Sight | None:
         and (value.ndim, in_list) in _READINGS
         and not _NO_LATENT.search(name)
     ]
-    if not latents:
-        return None
-    name, shape, in_list = latents[0]
-    sizes = {other for theirs, other, listed in latents if theirs == name and listed}
-    words = f"{name} of {_times(shape)}"
-    if len(sizes) > 1:
-        return Sight(f"{words} beside others")
-    readings = {}
-    for axes in _READINGS[len(shape), in_list]:
-        rest = tuple(
-            size for d, size in enumerate(shape) if d not in axes and (d or in_list)
-        )  # all but the batch
-        readings[name, len(shape), axes] = tuple(shape[axis] for axis in axes), rest
-    return Sight(words, readings, patch)
+    seen: set[str] = set()
+    for name, shape, in_list in latents:
+        if name in seen:
+            continue
+        seen.add(name)
+        sizes = {other for theirs, other, listed in latents if theirs == name and listed}
+        words = f"{name} of {_times(shape)}"
+        if len(sizes) > 1:
+            yield Sight(name, f"{words} beside others")
+            continue
+        readings = {}
+        for axes in _READINGS[len(shape), in_list]:
+            rest = tuple(
+                size for d, size in enumerate(shape) if d not in axes and (d or in_list)
+            )  # all but the batch
+            readings[name, len(shape), axes] = tuple(shape[axis] for axis in axes), rest
+        yield Sight(name, words, readings, patch)
 
 
-def _shapes(inputs: Sequence[Input]) -> Sight | None:
+def _shapes(inputs: Sequence[Input]) -> Iterator[Sight]:
     """`img_shapes` and the like: for each sample a list of (frames, height, width)."""
     for name, value, _ in inputs:
         if name.endswith("shapes") and isinstance(value, list | tuple) and value:
@@ -263,12 +299,14 @@ def _shapes(inputs: Sequence[Input]) -> Sight | None:
             ):
                 continue
             if len({tuple(map(tuple, sample)) for sample in samples}) > 1:
-                return Sight(f"{name}, which differ between samples")
+                yield Sight(name, f"{name}, which differ between samples")
+                return
             shapes = [tuple(shape) for shape in samples[0]]
             if len(shapes) > 1:
-                return Sight(f"{name}, which are {several_grids(shapes)}")
-            return Sight(f"{name} of {_times(shapes[0])}", {name: (shapes[0], ())})
-    return None
+                yield Sight(name, f"{name}, which are {several_grids(shapes)}")
+            else:
+                yield Sight(name, f"{name} of {_times(shapes[0])}", {name: (shapes[0], ())})
+            return
 
 
 def _is_shape(value: Any) -> bool:
@@ -276,13 +314,12 @@ def _is_shape(value: Any) -> bool:
     return is_list and all(type(size) is int for size in value)
 
 
-def _numbers(inputs: Sequence[Input]) -> Sight | None:
+def _numbers(inputs: Sequence[Input]) -> Iterator[Sight]:
     found = {name: value for name, value, _ in inputs if type(value) is int}
     names = [name for name in ("num_frames", "height", "width") if name in found]
-    if names[-2:] != ["height", "width"]:
-        return None
-    words = ", ".join(f"{name} {found[name]}" for name in names)
-    return Sight(words, {tuple(names): (tuple(found[name] for name in names), ())})
+    if names[-2:] == ["height", "width"]:
+        words = ", ".join(f"{name} {found[name]}" for name in names)
+        yield Sight("sizes", words, {tuple(names): (tuple(found[name] for name in names), ())})
 
 
 def _sizes(inputs: Sequence[Input]) -> Iterator[tuple[str, Any]]:

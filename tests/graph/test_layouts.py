@@ -113,7 +113,8 @@ def by_unpatchify(tokens: Tensor) -> Tensor:
 def by_rope_table(tokens: Tensor) -> Tensor:
     rows, columns = torch.arange(6.0), torch.arange(10.0)
     angles = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
-    return self_attention(tokens * angles.repeat(1, WIDTH // 2).cos())
+    turned = tokens * angles.repeat(1, WIDTH // 2).cos()
+    return attend(turned[:, None], turned[:, None], tokens[:, None])[:, 0]
 
 
 def with_class_token(x: Tensor) -> Tensor:

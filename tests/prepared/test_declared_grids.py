@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +97,41 @@ def test_patches_that_the_model_is_configured_for() -> None:
     for height, width, grid in ((24, 32, None), (12, 16, (6, 8)), (24, 32, (12, 16))):
         watch.look(module, (torch.empty(1, 4, height, width),), {})
         assert shown.grids[1] == grid
+
+
+@dataclass
+class Batch:
+    """What some models are called with."""
+
+    latents: torch.Tensor
+
+
+def test_every_input_that_may_be_the_latent_has_to_agree() -> None:
+    def call(h: int, w: int, *, control: tuple[int, int] = (64, 64)) -> dict[str, Any]:
+        return {"control": torch.empty(1, 3, *control), "hidden_states": torch.empty(1, 4, h, w)}
+
+    assert followed((8, 8), call(8, 8), call(8, 8)) == [(8, 8), (8, 8)]
+    # The control image could be the latent, too (of larger patches), and has not changed.
+    assert followed((8, 8), call(8, 8), call(4, 16)) == [(8, 8), None]
+    both = call(4, 16, control=(32, 128))
+    assert followed((8, 8), call(8, 8), both) == [(8, 8), (4, 16)]
+    # An image that cannot be the latent may stay as it is, but not change alone.
+    odd = {"control": (50, 50)}
+    assert followed((8, 8), call(8, 8, **odd), call(4, 16, **odd)) == [(8, 8), (4, 16)]
+    assert followed((8, 8), call(8, 8, **odd), call(8, 8, control=(51, 50))) == [(8, 8), None]
+
+
+def test_sizes_beside_an_image_are_looked_at() -> None:
+    def call(h: int, w: int) -> dict[str, Any]:
+        tokens, image = torch.empty(1, 64, 4), torch.empty(1, 3, 64, 64)
+        return {"hidden_states": tokens, "image": image, "height": h, "width": w}
+
+    assert followed((8, 8), call(8, 8), call(4, 16)) == [(8, 8), None]
+
+
+def test_a_latent_inside_an_object_is_seen() -> None:
+    calls = [{"batch": Batch(torch.empty(1, 4, h, w))} for h, w in ((8, 16), (16, 8))]
+    assert followed((8, 16), *calls) == [(8, 16), (16, 8)]
 
 
 def test_latents_in_a_list() -> None:

@@ -12,7 +12,12 @@ from torch import fx
 
 from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells
 from gna_compile.graph.tokens.order import Order, raster_of, relative
-from gna_compile.graph.tokens.position_ids import grid_from_ids, name_of, why_no_grid
+from gna_compile.graph.tokens.position_ids import (
+    counting_columns,
+    grid_from_ids,
+    name_of,
+    why_no_grid,
+)
 from gna_compile.graph.tokens.rows import Lines, is_plane
 from gna_compile.graph.tokens.run import Run, times
 
@@ -62,7 +67,9 @@ def is_partly_placed(lines: Lines, start: int, stop: int) -> bool:
 
 
 def covers(lines: Lines, start: int, stop: int) -> bool:
-    """Whether the run has all rows of position ids, in their order."""
+    """Whether the run has all rows of position ids, in their order, and all columns that count."""
+    if lines.columns is not None and not counting_columns(lines.source.values) <= lines.columns:
+        return False  # the model put other positions in their place
     axis = len(lines.source.extents) - 2
     patterns = lines.axes[axis]
     if len(patterns) != 1 or patterns[0].shape[1] == 1:

@@ -37,6 +37,7 @@ class Call:
     ) -> None:
         self.node, self._known, self.sizes, self._buffers = node, known, sizes, buffers
         self.makes_source = False
+        self._read: set[fx.Node] = set()
 
     @property
     def name(self) -> str:
@@ -55,6 +56,7 @@ class Call:
         value = self._known.get(argument) if isinstance(argument, fx.Node) else None
         if not isinstance(value, Tokens):
             raise Unruled
+        self._read.add(argument)
         return value
 
     @property
@@ -64,8 +66,18 @@ class Call:
     def operands(self) -> Iterator[Tokens]:
         for node in self.node.all_input_nodes:
             value = self._known.get(node)
+            self._read.add(node)
             if isinstance(value, Tokens):
                 yield value
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the rule left out an operand that carries tokens."""
+        return any(
+            isinstance(value, list) or (isinstance(value, Tokens) and _has_tokens(value))
+            for node in self.node.all_input_nodes
+            if node not in self._read and (value := self._known.get(node)) is not None
+        )
 
     def number(self, argument: Any) -> int:
         """An int argument."""
@@ -100,6 +112,7 @@ class Call:
         """The values of an index tensor; None if they depend on data."""
         if not isinstance(argument, fx.Node):
             return None
+        self._read.add(argument)
         return index_values(argument, self.sizes, self._buffers)
 
     @property
@@ -135,16 +148,29 @@ class Call:
         return Source(self.name, kind, extents, old.all_roots)
 
 
+def _has_tokens(tokens: Tokens) -> bool:
+    return any(source.kind != "table" for source in tokens.cells)
+
+
 Rule = Callable[[Call], Value]
 RULES: dict[str, Rule] = {}
+PARTIAL: set[str] = set()
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers the rule of the operators that `operator_name` calls so."""
+def rule(*names: str, partial: bool = False) -> Callable[[Rule], Rule]:
+    """Registers the rule of the operators that `operator_name` calls so.
+
+    Args:
+        *names: of the operators.
+        partial: operands that the rule does not read do not reach the result: only their shape
+            matters, or they only weigh what does. Any other rule has to read all of them.
+    """
 
     def register(function: Rule) -> Rule:
         for name in names:
             RULES[name] = function
+            if partial:
+                PARTIAL.add(name)
         return function
 
     return register

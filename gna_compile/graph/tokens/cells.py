@@ -48,6 +48,7 @@ class Source:
         spatial: axes that were used as axes of space or time: a convolution, pooling or
             patch embedding ran along them.
         is_image: an input [B, C, axes...]; by convention its last two or three dimensions are axes.
+        channels: the axis of an image's channels, where it has one for sure: no axis of space.
         is_mixed: a product with weights ran along an axis that holds no channels by convention.
         splits: for an axis, sizes into which it was split and that were then used as axes.
         node, values: of position ids, the graph's input and its values.
@@ -59,6 +60,7 @@ class Source:
     roots: frozenset[Source] = frozenset()
     spatial: set[int] = field(default_factory=set)
     is_image: bool = False
+    channels: int | None = None
     is_mixed: bool = False
     splits: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
     node: fx.Node | None = None
@@ -349,14 +351,17 @@ def reduced(tokens: Tokens, dims: Sequence[int]) -> Tokens:
     cells: dict[Source, Coordinates] = {}
     for source, axes in tokens.cells.items():
         result: list[Cells | None] = []
+        patched: set[int] = set()
         for i, array in enumerate(axes):
-            left, patched = (None, False) if array is None else summed(array, dims)
-            if patched:
-                source.spatial.add(i)
+            left, is_patched = (None, False) if array is None else summed(array, dims)
+            if is_patched:
+                patched.add(i)
             if source.kind == "table" and left is not None and (left == UNKNOWN).any():
                 left = None  # positions that were mixed say nothing more
             result.append(left)
         cells[source] = tuple(result)
+        if len(patched) > 1:  # along one alone: neighbors of a flattened image, channels
+            source.spatial |= patched
     shape = tuple(1 if d in dims else n for d, n in enumerate(tokens.shape))
     return Tokens(shape, gathered(cells.items()))
 

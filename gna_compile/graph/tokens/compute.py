@@ -13,6 +13,7 @@ from gna_compile.graph.tokens.movement import (
     inserted,
     matrix_transpose,
     permuted,
+    picked,
     removed,
     same,
     sliced,
@@ -43,7 +44,18 @@ def _is_pointwise(name: str) -> bool:
     *("and", "or", "xor", "invert", "pos", "lshift", "rshift", "floordiv", "truediv", "mod"),
     *("float_power", "floor_divide", "polar", "complex", "conj", "resolve_conj"),
     *("resolve_neg", "square", "__and__", "__or__", "__xor__", "scaled_add"),
-    *("logical_and", "logical_or", "logical_not", "imod", "ipow", "ifloordiv", "iand", "ior"),
+    *(
+        "masked_fill",
+        "fill",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "imod",
+        "ipow",
+        "ifloordiv",
+        "iand",
+        "ior",
+    ),
 )
 def pointwise(call: Call) -> Value:
     return widened(elementwise(list(call.operands())), call.result)
@@ -163,8 +175,10 @@ def embedding(call: Call) -> Value:
         operand = call.argument(i, name)
         tensor = tensor_of(operand)
         if tensor is not None and not tensor.dtype.is_floating_point:
-            ids = call.tokens(operand)
-            return widened(inserted(ids, len(ids.shape)), call.result)
+            table = call.tokens(call.argument(1 - i, "weight" if i == 0 else "input"))
+            found = picked(call, table, 0, operand)
+            # A learned table may hold anything: what counts in it is no place.
+            return Tokens(found.shape, {s: a for s, a in found.cells.items() if s.kind != "table"})
     raise Unruled
 
 
@@ -202,18 +216,18 @@ def extremum(call: Call) -> Value:
     return pointwise(call) if tensor_of(other) is not None else reduction(call)
 
 
-@rule("scaled_dot_product_attention")
+@rule("scaled_dot_product_attention", partial=True)
 def attention(call: Call) -> Value:
     return attended(call.tokens(call.argument(0, "query")), call.result)
 
 
 def attended(query: Tokens, shape: tuple[int, ...]) -> Tokens:
     """Attention's output: each row is its query's token; its position was for the scores only."""
-    out = along_last(query, shape)
+    out = reduced(query, [len(query.shape) - 1])
     return Tokens(shape, {s: axes for s, axes in out.cells.items() if s.kind != "table"})
 
 
-@rule("multi_head_attention_forward")
+@rule("multi_head_attention_forward", partial=True)
 def whole_layer(call: Call) -> Value:
     """The output of a whole attention layer, then its weights, if they are asked for."""
     query = call.tokens(call.argument(0, "query"))

@@ -153,8 +153,13 @@ def _is_written(node: fx.Node) -> bool:
         for user in (link, *link.users):
             if not same.isdisjoint(written_by(user)):
                 return True
-            value = tensor_of(user)
-            if user not in same and value is not None and value.dtype in _WHOLE:
+            if user not in same and any(value.dtype in _WHOLE for value in _tensors_of(user)):
                 same.add(user)
                 pending.append(user)
     return False
+
+
+def _tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("example_value")
+    items = value if isinstance(value, list | tuple) else [value]
+    return [item for item in items if isinstance(item, torch.Tensor)]

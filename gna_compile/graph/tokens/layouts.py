@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from gna_compile.graph.nodes import tensor_of
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, hint, holds, is_known
 from gna_compile.graph.tokens.position_ids import name_of
@@ -104,13 +105,22 @@ class TokenFlow:
     Args:
         gm: Dynamo's graph; its nodes have `meta["example_value"]`.
         example_inputs: the graph's inputs, real tensors, as a backend gets them.
+        is_whole: they are a model's own inputs, of which an image [B, C, H, W] is known by
+            convention; not what one part of a model hands to another.
     """
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> None:
-        self._gm, self._inputs = gm, example_inputs
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any] | None = None,
+        is_whole: bool = True,
+    ) -> None:
+        self._gm, self._inputs, self._is_whole = gm, example_inputs, is_whole
         self._symbols: list[torch.SymInt] = symbolic_sizes(gm)
+        self._marked = _marked_dynamic(gm, example_inputs)
         self._known: dict[tuple[int, fx.Node], Known] | None = None
         self._failure = "the operands are not visible in the graph"
+        self._coincidences: list[tuple[Any, int]] = []
         self.indices: tuple[fx.Node, ...] = ()
         """The graph's inputs on whose values what is known rests."""
 
@@ -132,7 +142,7 @@ class TokenFlow:
         return self._known.get((id(site.owner), site.node), Known("unknown", doubt=self._failure))
 
     def _follow(self) -> dict[tuple[int, fx.Node], Known]:
-        following = _Following(self._gm, self._inputs, self._symbols)
+        following = _Following(self._gm, self._inputs, self._symbols, self._is_whole)
         try:
             known = {name: following.find(name) for name in following.sites()}
         except Exception as error:  # a mistake here must not cost a user the model
@@ -142,12 +152,32 @@ class TokenFlow:
             )
             return {}
         self.indices = following.indices()
+        self._coincidences = following.coincidences()
         return known
 
-    def hold(self, known: Known) -> None:
-        """Holds the graph to the example's sizes, if what is known of a site holds only there."""
+    def hold(self, known: Known) -> Refusal | None:
+        """Holds the graph to the sizes for which what is known of a site holds.
+
+        To the example's, if it holds only there. Else to those at which each size that was a
+        number at both points (a shift of `height % 2`) is that number.
+
+        Returns:
+            Why it cannot be held: the user marked one of those sizes as dynamic.
+        """
+        held = [] if known.is_general else [size for size in self._symbols if _is_symbol(size)]
+        held += [size for size, _ in self._coincidences]
+        marked = self._marked & {s for size in held for s in size.node.expr.free_symbols}
+        if marked:
+            names = ", ".join(sorted(map(str, marked)))
+            return Refusal(
+                Reason.LAYOUT_UNKNOWN,
+                f"the layout holds for some sizes only, but the size {names} is marked as dynamic",
+            )
         if not known.is_general:
             pin(self._symbols)
+        for size, value in self._coincidences:
+            holds(size == value)
+        return None
 
     def layout(self, site: Site) -> Layout | Refusal:
         """The layout that the graph proves, or why it proves none."""
@@ -170,8 +200,8 @@ class TokenFlow:
             )
         (index,) = on_grid
         segment = known.segments[index]
-        self.hold(known)
-        return Layout(
+        refusal = self.hold(known)
+        return refusal or Layout(
             segment.grid or (),
             _total(known.segments[:index]),
             _total(known.segments[index + 1 :]),
@@ -185,9 +215,13 @@ class _Following:
     """The walks over a graph, and what they show of each site."""
 
     def __init__(
-        self, gm: fx.GraphModule, inputs: Sequence[Any] | None, symbols: list[torch.SymInt]
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any] | None,
+        symbols: list[torch.SymInt],
+        is_whole: bool,
     ) -> None:
-        self._gm, self._inputs, self._symbols = gm, inputs, symbols
+        self._gm, self._inputs, self._symbols, self._is_whole = gm, inputs, symbols, is_whole
         self._here, self._elsewhere = Sizes(), generic_point(symbols)
         self._walks: dict[tuple[Sizes, bool], Walk] = {}
         self._readings: dict[tuple[int, ...], tuple[Operands, Reading]] = {}
@@ -201,6 +235,10 @@ class _Following:
         walks = self._walks.values()
         return tuple(dict.fromkeys(node for walk in walks for node in walk.buffers.used))
 
+    def coincidences(self) -> list[tuple[Any, int]]:
+        """Sizes that are one number at both points, though they are symbolic."""
+        return self._here.coincidences(self._elsewhere)
+
     def find(self, site: tuple[int, fx.Node]) -> Known:
         """What is known of a site."""
         known = self._followed(site, with_tables=False)
@@ -211,7 +249,7 @@ class _Following:
     def _walk(self, sizes: Sizes, with_tables: bool) -> Walk:
         name = (sizes, with_tables)
         if name not in self._walks:
-            self._walks[name] = Walk(self._gm, self._inputs, sizes, with_tables)
+            self._walks[name] = Walk(self._gm, self._inputs, sizes, with_tables, self._is_whole)
         return self._walks[name]
 
     def _followed(self, site: tuple[int, fx.Node], with_tables: bool) -> Known:
@@ -263,6 +301,23 @@ class _Following:
             grid = tuple(lengths[:rank]) if run.grid is not None else None
             segments.append(Segment(size, grid, tuple(lengths[rank:]), run))
         return Known(one.relation, tuple(segments))
+
+
+def _is_symbol(size: torch.SymInt) -> bool:
+    return bool(size.node.expr.is_Symbol) and size.node.hint is not None
+
+
+def _marked_dynamic(gm: fx.GraphModule, inputs: Sequence[Any] | None) -> set[Any]:
+    """The symbols of sizes that `torch._dynamo.mark_dynamic` forbids to specialize."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    found: set[Any] = set()
+    for node, value in zip(placeholders, inputs or (), strict=False):
+        tensor = tensor_of(node)
+        if tensor is not None and isinstance(value, torch.Tensor):
+            for dim in getattr(value, "_dynamo_dynamic_indices", ()):
+                if isinstance(tensor.shape[dim], torch.SymInt):
+                    found |= tensor.shape[dim].node.expr.free_symbols
+    return found
 
 
 def _is_flat(segment: Segment) -> bool:
@@ -341,8 +396,7 @@ def resolve(
     prefix, suffix = placed
     if isinstance(shown, Refusal):
         known = flow.known(site)
-        flow.hold(known)
-        refusal = _contradiction(known.segments, grid, prefix)
+        refusal = flow.hold(known) or _contradiction(known.segments, grid, prefix)
         return refusal or Layout(grid, prefix, suffix, "declared", None, flow.indices)
     theirs = (shown.grid, shown.prefix, shown.suffix)
     # What ids show is checked at every call, and no reason to hold symbols to it.

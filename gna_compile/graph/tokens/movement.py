@@ -31,27 +31,39 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 # The result has the first operand's elements where they were.
 @rule(
-    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool"),
+    *("type", "float", "double", "half", "bfloat16", "int", "long", "bool"),
     *("cpu", "cuda", "contiguous", "clone", "detach", "requires_grad", "alias", "identity"),
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
     *("native_dropout", "softmax", "log_softmax", "softmin", "layer_norm", "rms_norm"),
     *("group_norm", "instance_norm", "batch_norm", "normalize", "local_response_norm", "tril"),
-    *("triu", "zero", "fill", "prelu", "masked_fill", "nan_to_num", "threshold", "dequantize"),
-    *("view_as_self", "data", "real", "imag", "detach_copy", "lift_fresh_copy"),
+    *("triu", "prelu", "nan_to_num", "threshold", "dequantize", "view_as_self"),
+    *("data", "real", "imag", "detach_copy", "lift_fresh_copy"),
 )
 def same(call: Call) -> Value:
     tokens = call.first
     return tokens if tokens.shape == call.result else None
 
 
+# Of another tensor, if one is given, only the type matters.
+@rule("to", "type_as", partial=True)
+def typed(call: Call) -> Value:
+    return same(call)
+
+
 # New tensors: what they are like says nothing of what stands in them.
 @rule(
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
-    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "bernoulli", "randint_like"),
-    *("zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "eye", "tensor"),
-    *("scalar_tensor", "empty_strided", "new_empty_strided", "normal"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "randint_like"),
+    *("zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "eye", "zero"),
+    *("empty_strided", "new_empty_strided"),
+    partial=True,
 )
 def new(call: Call) -> Value:
+    return Tokens(call.result, {})
+
+
+@rule("tensor", "scalar_tensor", "new_tensor")
+def of_numbers(call: Call) -> Value:
     return Tokens(call.result, {})
 
 
@@ -64,6 +76,7 @@ def counted(call: Call) -> Value:
 @rule(
     *("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "_reshape_alias"),
     *("flatten", "ravel", "unflatten"),
+    partial=True,
 )
 def reshape(call: Call) -> Value:
     tokens, shape = call.first, call.result
@@ -193,7 +206,7 @@ def squeeze(call: Call) -> Value:
     return result
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand", "expand_as", "broadcast_to", partial=True)
 def expand(call: Call) -> Value:
     return widened(call.first, call.result)
 
@@ -487,8 +500,11 @@ def roll(call: Call) -> Value:
     counts = shifts if isinstance(shifts, list | tuple) else (shifts,)
     if not places or len(places) != len(counts):
         raise Unruled
-    for dim, count in zip(places, counts, strict=True):
-        tokens = _rolled(tokens, dim, call.number(count))
+    for dim, argument in zip(places, counts, strict=True):
+        count = call.number(argument)
+        if count and count % max(tokens.shape[dim], 1) == 0:
+            raise Unruled  # a whole turn, at this point of symbolic sizes perhaps
+        tokens = _rolled(tokens, dim, count)
     return tokens
 
 

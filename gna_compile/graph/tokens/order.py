@@ -110,6 +110,8 @@ def _grid(lines: Lines, axes: tuple[int, ...], lengths: tuple[int, ...]) -> tupl
     rank = len(source.extents)
     # The first dimension of an input is the batch's: other samples, whatever runs along it.
     space = source.spatial - ({0} if rank > 2 else set())
+    if source.channels is not None:
+        space -= {source.channels}
     if source.is_image and not lines.axes[1] and all(lines.axes[2:]):
         space |= set(range(2, rank))
     known = space & set(axes)
@@ -120,7 +122,7 @@ def _grid(lines: Lines, axes: tuple[int, ...], lengths: tuple[int, ...]) -> tupl
     if len(axes) + len(single) < 2:
         return None
     rest = set(axes) - space
-    if rest and not (rest == {axes[0]} and axes[0] > 0 and len(known) > 1):
+    if rest and not (rest == {axes[0]} and axes[0] not in (0, source.channels) and len(known) > 1):
         return None
     result = list(zip(axes, lengths, strict=True))
     for i in sorted(single):

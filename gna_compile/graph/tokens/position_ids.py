@@ -40,6 +40,12 @@ def grid_from_ids(ids: torch.Tensor) -> tuple[int, ...] | None:
     return one_grid(runs_from_ids(ids))
 
 
+def counting_columns(ids: torch.Tensor) -> frozenset[int]:
+    """The columns of position ids that tell tokens apart."""
+    table = ids.detach().flatten(0, -2)
+    return frozenset(i for i in range(table.shape[-1]) if bool((table[:, i] != table[0, i]).any()))
+
+
 def one_grid(runs: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
     """The grid if the tokens are one image of more than one row and column."""
     return runs[0] if len(runs) == 1 and min(runs[0]) > 1 else None

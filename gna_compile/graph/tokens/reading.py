@@ -87,7 +87,7 @@ def _only(rows: Rows, chosen: npt.NDArray[np.int64]) -> Rows:
         axes = tuple(tuple(p[chosen] if p.shape[0] > 1 else p for p in axis) for axis in lines.axes)
         axes = tuple(tuple(p for p in axis if not (p == NONE).all()) for axis in axes)
         if any(axes):
-            found[source] = Lines(source, axes)
+            found[source] = replace(lines, axes=axes)
     return found
 
 
@@ -225,13 +225,18 @@ def _run(
     everything = [lines for lines in q.values() if lines.varies()]
     sources = {lines.source for lines in own}
     extra = [lines for lines in everything if lines.source not in sources]
-    doubt = _several_lattices(orders) or _reordered(own, extra) or _summed_away(best, v)
+    doubt = _several_lattices(orders) or _reordered(own, extra) or _summed_away(best, own, v)
     if run.grid is not None and len(run.grid) > MAX_AXES:
         doubt = doubt or f"the tokens lie on {len(run.grid)} axes, {times(run.grid)}"
     if doubt:
         return replace(run, grid=None, doubt=doubt), None
     if run.grid is None and len(run.axes) == 1:
-        run = shown_beside(run, best, start, stop, everything)
+        # What was added to the tokens tells them apart; what turns queries and keys alone, where
+        # they are.
+        turning = [
+            lines for lines in everything if lines.source.kind != "table" or lines.source not in v
+        ]
+        run = shown_beside(run, best, start, stop, turning)
     elif run.grid is not None:
         run = _unless_ids_differ(run, start, stop, everything)
     lattice = run.grid or run.axes
@@ -250,16 +255,21 @@ def _several_lattices(orders: Sequence[Order]) -> str:
     )
 
 
-def _summed_away(order: Order, v: Rows) -> str:
+def _summed_away(order: Order, own: Sequence[Lines], v: Rows) -> str:
     """What is wrong if the order may be that of positions, and the tokens were summed over.
 
-    They may be mixtures (a product along them) to which the positions were added.
+    They may be mixtures (a product along them, with weights or with what was made of themselves)
+    to which the positions were added.
     """
+    weighed = frozenset(
+        root for lines in own if lines.source.kind == "opaque" for root in lines.source.all_roots
+    )
     is_input = order.source.kind == "input"
     for source, lines in v.items():
         if source.kind not in ("input", "stem") or source is order.source or lines.varies():
             continue
-        if source.is_mixed or (is_input and (source.is_image or len(source.spatial) > 1)):
+        is_mixed = source.is_mixed or bool(source.all_roots & weighed)
+        if is_mixed or (is_input and (source.is_image or len(source.spatial) > 1)):
             return f"the tokens may be mixtures of those of `{source.name}`"
     return ""
 

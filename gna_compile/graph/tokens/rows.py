@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -27,6 +27,8 @@ class Lines:
 
     source: Source
     axes: tuple[tuple[Cells, ...], ...]
+    columns: frozenset[int] | None = None
+    """Which columns of position ids are there; None for all of them."""
 
     def varies(self) -> bool:
         """Whether the source tells tokens of one row apart."""
@@ -43,10 +45,27 @@ def is_own(lines: Lines) -> bool:
 def heads_are_rows(tokens: Tokens) -> bool:
     """Whether the tokens of one head are others than those of the next."""
     return len(tokens.shape) > 3 and any(
-        array is not None and array.shape[-3] > 1 and array.shape[-1] == 1
-        for axes in tokens.cells.values()
-        for array in axes
+        array is not None
+        and array.shape[-3] > 1
+        and (array.shape[-1] == 1 or (source.kind != "table" and not _may_be_channels(source, i)))
+        for source, axes in tokens.cells.items()
+        for i, array in enumerate(axes)
     )
+
+
+def _columns(array: Cells | None) -> frozenset[int] | None:
+    """The coordinates along the last axis of position ids."""
+    if array is None:
+        return None
+    return (
+        frozenset()
+        if (array == UNKNOWN).any()
+        else frozenset(map(int, np.unique(array[array > NONE])))
+    )
+
+
+def _may_be_channels(source: Source, axis: int) -> bool:
+    return axis in (source.channels, len(source.extents) - 1)
 
 
 def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
@@ -57,18 +76,30 @@ def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
     for source, axes in tokens.cells.items():
         lines = Lines(
             source,
-            tuple(() if array is None else _patterns(array, shape, channels) for array in axes),
+            tuple(
+                ()
+                if array is None
+                else _patterns(
+                    array, shape, channels, heads_are_rows and not _may_be_channels(source, i)
+                )
+                for i, array in enumerate(axes)
+            ),
+            None if source.values is None else _columns(axes[-1]),
         )
         if any(lines.axes):
             found[source] = lines
     return found
 
 
-def _patterns(array: Cells, shape: tuple[int, ...], channels: Sequence[int]) -> tuple[Cells, ...]:
+def _patterns(
+    array: Cells, shape: tuple[int, ...], channels: Sequence[int], by_heads: bool
+) -> tuple[Cells, ...]:
+    """What an axis' coordinates are at the tokens; `by_heads`: they may differ from head to head."""
     rank = len(shape)
     others = [d for d in range(rank) if d not in channels]
     if any(array.shape[d] > 1 for d in channels):
-        if all(array.shape[d] == 1 for d in others if d != rank - 3) and array.shape[-1] > 1:
+        alone = [d for d in others if d != rank - 3 or by_heads]
+        if all(array.shape[d] == 1 for d in alone) and array.shape[-1] > 1:
             return ()  # it tells channels apart, and heads at most
         apart = array.transpose([*others, *channels])
         columns = apart.reshape(*apart.shape[: len(others)], -1)
@@ -117,9 +148,8 @@ def relation_of(q: Rows, k: Rows, v: Rows, query: Tokens, key: Tokens) -> Relati
 def _varying(lines: Lines | None) -> Lines | None:
     if lines is None:
         return None
-    return Lines(
-        lines.source, tuple(a if any(p.shape[1] > 1 for p in a) else () for a in lines.axes)
-    )
+    axes = tuple(a if any(p.shape[1] > 1 for p in a) else () for a in lines.axes)
+    return replace(lines, axes=axes)
 
 
 def _compare(one: Lines | None, other: Lines | None) -> Relation:

@@ -25,7 +25,7 @@ class Sizes:
 
     def __init__(self, values: dict[sympy.Symbol, int] | None = None) -> None:
         self._values = values
-        self._known: dict[Any, int] = {}
+        self._known: dict[Any, tuple[Any, int]] = {}
 
     def of(self, size: Any) -> int:
         """The number that a size is here.
@@ -38,8 +38,16 @@ class Sizes:
         expression = size.node.expr
         found = self._known.get(expression)
         if found is None:
-            found = self._known[expression] = self._evaluated(size, expression)
-        return found
+            found = self._known[expression] = size, self._evaluated(size, expression)
+        return found[1]
+
+    def coincidences(self, other: Sizes) -> list[tuple[Any, int]]:
+        """Symbolic sizes that were asked for and are one number at both points, with that number."""
+        return [
+            (size, value)
+            for expression, (size, value) in self._known.items()
+            if expression in other._known and other._known[expression][1] == value
+        ]
 
     def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """A tensor's shape in numbers."""

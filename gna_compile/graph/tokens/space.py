@@ -132,7 +132,7 @@ def ran_along(call: Call, tokens: Tokens, steps: Sequence[_Along], shape: tuple[
             is_lost = True
             continue
         stem = call.stem(source, source.extents)
-        stem.is_image = False
+        stem.channels = source.channels
         cells[stem] = tuple(moved)
         stem.spatial |= source.spatial
         _note_space(stem, cells[stem], steps, is_space)
@@ -146,13 +146,11 @@ def ran_along(call: Call, tokens: Tokens, steps: Sequence[_Along], shape: tuple[
 def _axes_of_space(steps: Sequence[_Along]) -> set[int]:
     """The dimensions that an operator shows to be axes.
 
-    One that it does not use is an axis only beside others: of a volume, or where none is used.
-    A convolution (3, 1) over frames and flattened images uses frames alone.
+    One that it does not use is an axis only beside others, of a volume. A convolution (3, 1) over
+    frames and flattened images uses frames alone, one of size 1 none.
     """
     used = {step.dim for step in steps if step.is_used}
-    if len(steps) == 3 or not used:
-        return {step.dim for step in steps}
-    return used
+    return {step.dim for step in steps} if len(steps) == 3 and used else used
 
 
 def _note_space(

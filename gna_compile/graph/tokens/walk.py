@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from gna_compile.graph.mutation import written_by
 from gna_compile.graph.nodes import operator_name, tensor_of
 from gna_compile.graph.sites.unfused import match
 from gna_compile.graph.tokens import movement, space
-from gna_compile.graph.tokens.call import Call, Unruled, Value
+from gna_compile.graph.tokens.call import PARTIAL, Call, Unruled, Value
 from gna_compile.graph.tokens.cells import Source, Tokens, lattice
 from gna_compile.graph.tokens.compute import attended, rule_for
 from gna_compile.graph.tokens.constants import Buffers
@@ -59,6 +59,11 @@ _VIEWS = frozenset(
     }
 )
 
+_PICKING = frozenset({"embedding", "index_select", "gather", "take_along_dim", "getitem"})
+# Views in which one element of memory may be several of the tensor.
+_OVERLAPPING = frozenset(
+    {*("expand", "expand_as", "broadcast_to", "broadcast_tensors", "unfold", "as_strided")}
+)
 _NAME = re.compile(r"^l_(kwargs_)?|_$")  # Dynamo's own around the name of an argument
 _OWNED = re.compile(r"^L\['self'\]\.|_(buffers|modules|parameters)\b")
 
@@ -72,6 +77,8 @@ class Walk:
         sizes: the point.
         with_tables: follow tables of positions, too. They show the grid of a flat sequence, and
             cost the most.
+        is_whole: the inputs are a model's own, for which conventions hold, and not what one part
+            of it hands to another.
 
     Attributes:
         attentions: for each graph module (by `id`) and node that ends an attention, the operands
@@ -85,13 +92,17 @@ class Walk:
         inputs: Sequence[Any] | None,
         sizes: Sizes,
         with_tables: bool = False,
+        is_whole: bool = True,
     ) -> None:
         self.attentions: dict[tuple[int, fx.Node], list[Operands]] = defaultdict(list)
         self._sizes = sizes
         self._with_tables = with_tables
+        self._is_whole = is_whole
         self.buffers = Buffers()
         # Equal calls on the same tokens give the same tokens: layers are looked at once.
         self._results: dict[Any, tuple[Value, list[Tokens]]] = {}
+        self._entries = count(1)
+        self._entry = 0
         self._plain: dict[tuple[int, ...], Tokens] = {}
         self._matches: dict[int, dict[fx.Node, tuple[fx.Node, fx.Node, bool, fx.Node]]] = {}
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -115,7 +126,8 @@ class Walk:
                 self.buffers.add(node, value)
             return self._table(node, shape)
         source = Source(_NAME.sub("", node.name), "input", shape)
-        source.is_image = len(shape) in (4, 5) and tensor.dtype.is_floating_point
+        if self._is_whole and len(shape) in (4, 5) and tensor.dtype.is_floating_point:
+            source.is_image, source.channels = True, 1 if len(shape) == 4 else None
         if isinstance(value, torch.Tensor) and may_be_ids(node.name, value):
             source.node, source.values = node, value
         return lattice(source)
@@ -168,9 +180,7 @@ class Walk:
             owner = getattr(owner, part, None)
         if isinstance(owner, torch.nn.Parameter):
             return self._without_cells(tuple(owner.shape))
-        if isinstance(owner, torch.Tensor):
-            return self._table(node, tuple(owner.shape))
-        return None
+        return self._table(node, tuple(owner.shape)) if isinstance(owner, torch.Tensor) else None
 
     # --- one call ---
 
@@ -203,6 +213,10 @@ class Walk:
         key = self._key(node, name, known)
         if key is not None and key in self._results:
             return self._results[key][0]
+        # What data picks out of the same tensors is the same.
+        again = (key, *node.all_input_nodes, self._entry) if name in _PICKING else None
+        if key is not None and again in self._results:
+            return self._results[again][0]
         rule = rule_for(name)
         call = self._new_call(node, known)
         value: Value = None
@@ -213,8 +227,10 @@ class Walk:
                 value = rule(call)
             except (Unruled, ValueError, IndexError, TypeError, KeyError, MemoryError):
                 value = None
-        if key is not None and not call.makes_source:
-            self._results[key] = value, list(call.operands())
+            if name not in PARTIAL and call.is_unread:
+                value = None
+        if key is not None and (again or not call.makes_source):
+            self._results[again if call.makes_source else key] = value, list(call.operands())
         return value
 
     def _key(self, node: fx.Node, name: str, known: Environment) -> Any:
@@ -226,10 +242,10 @@ class Walk:
                 if isinstance(value, Tokens):
                     tensor = tensor_of(item)
                     if tensor is not None and not tensor.dtype.is_floating_point:
-                        return item  # its values may matter
+                        return item, self._entry  # its values may matter
                     return ("tokens", id(value))
                 if value is not None:
-                    return item
+                    return item, self._entry
                 item = item.meta.get("example_value")
             if isinstance(item, torch.SymInt):
                 return ("size", self._sizes.of(item))
@@ -380,7 +396,11 @@ class Walk:
         for node, item in zip(placeholders, operands, strict=True):
             if isinstance(item, fx.Node):
                 self.buffers.bind(node, item)
-        return self._run(body, values)
+        # Another call of the same body: its nodes have other values.
+        outer, self._entry = self._entry, next(self._entries)
+        result = self._run(body, values)
+        self._entry = outer
+        return result
 
     # --- writes in place ---
 
@@ -426,7 +446,8 @@ class Walk:
         known[target] = result
         own = _views_up(target)
         renewed = {target}
-        for view, base in pairwise(own):  # what it is a view of holds it, too
+        is_shared = any(operator_name(view) in _OVERLAPPING for view in own)
+        for view, base in () if is_shared else pairwise(own):  # its base holds it, too
             lifted = written_through(self._new_call(view, known), known[view], known.get(base))
             if lifted is None:
                 break
@@ -513,6 +534,8 @@ def _are_apart(one: list[fx.Node], other: list[fx.Node]) -> bool:
         for chain in (one, other)
     )
     if first is None or second is None or first is second:
+        return False
+    if any(operator_name(node) in _OVERLAPPING for node in one[one.index(first) + 1 :]):
         return False
     if operator_name(first) != "getitem" or operator_name(second) != "getitem":
         return False

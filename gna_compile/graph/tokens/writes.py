@@ -157,6 +157,8 @@ def index_copy(call: Call) -> Value:
 def scatter(call: Call) -> Value:
     """Values put where an index says, if it puts one on every place of a dimension."""
     tokens, index = call.first, call.argument(2, "index")
+    if call.argument(4, "reduce") is not None:
+        raise Unruled
     dim = call.dim(call.argument(1, "dim"), len(tokens.shape))
     values = call.index(index)
     if values is None or values.shape != tokens.shape:
