@@ -20,7 +20,15 @@ from torch.autograd import forward_ad
 
 from gna_compile import flops, providers
 from gna_compile.geometry import Neighborhood
-from gna_compile.providers import Declined, Problem, Provider
+from gna_compile.providers import (
+    Declined,
+    Forward,
+    Gradients,
+    Inputs,
+    OutputGradients,
+    Problem,
+    Provider,
+)
 from gna_compile.providers.portable.tangents import write_tangents
 
 _GEOMETRY = (
@@ -167,7 +175,8 @@ def _forward(
     output, logsumexp = _empty_outputs(query, output_order)
     if output.numel():
         with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
-            chosen.forward(problem, query, key, value, key_mask, scale, output, logsumexp)
+            inputs = Inputs(query, key, value, key_mask, scale)
+            chosen.forward(problem, inputs, Forward(output, logsumexp))
     return output, logsumexp
 
 
@@ -193,23 +202,17 @@ def _backward(
     geometry = (grid, window, stride, dilation, causal, prefix, suffix)
     problem, chosen = _resolve(query, key, value, geometry, key_mask, provider)
     _check_results(query, grad_output, grad_logsumexp, output, logsumexp)
-    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    grads = Gradients(*map(torch.empty_like, (query, key, value)))
     if not query.numel():
         # Without query heads there still are key heads, which nothing flows back to.
         return grads[0], grads[1].zero_(), grads[2].zero_()
     with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
         chosen.backward(
             problem,
-            grad_output,
-            grad_logsumexp,
-            query,
-            key,
-            value,
-            output,
-            logsumexp,
-            key_mask,
-            scale,
-            *grads,
+            Inputs(query, key, value, key_mask, scale),
+            Forward(output, logsumexp),
+            OutputGradients(grad_output, grad_logsumexp),
+            grads,
         )
     return grads
 
@@ -243,13 +246,10 @@ def _tangent(
         with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
             write_tangents(
                 problem,
-                tangents,
-                operands,
+                Inputs(*operands, key_mask, scale),
+                Inputs(*tangents, key_mask, scale),
                 logsumexp,
-                key_mask,
-                scale,
-                tangent_output,
-                tangent_logsumexp,
+                Forward(tangent_output, tangent_logsumexp),
             )
     return tangent_output, tangent_logsumexp
 

@@ -7,9 +7,29 @@ from gna_compile.providers.cpu.provider import Cpu
 from gna_compile.providers.cuda.provider import NativeCuda
 from gna_compile.providers.flex.provider import Flex
 from gna_compile.providers.portable.provider import Portable
-from gna_compile.providers.problem import Declined, Forecast, Problem, Provider
+from gna_compile.providers.problem import (
+    Declined,
+    Forecast,
+    Forward,
+    Gradients,
+    Inputs,
+    OutputGradients,
+    Problem,
+    Provider,
+)
 
-__all__ = ["PROVIDERS", "Declined", "Forecast", "Problem", "Provider", "choose"]
+__all__ = [
+    "PROVIDERS",
+    "Declined",
+    "Forecast",
+    "Forward",
+    "Gradients",
+    "Inputs",
+    "OutputGradients",
+    "Problem",
+    "Provider",
+    "choose",
+]
 
 PROVIDERS: list[Provider] = [Cpu(), NativeCuda(SM100), NativeCuda(SM90), Flex(), Portable()]
 """All providers, best first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,46 @@ class Problem:
     value_strides: tuple[int, ...]
 
 
+class Inputs(NamedTuple):
+    """What is attended to, and with what.
+
+    Attributes:
+        query: [batch, heads, tokens, head_dim].
+        key: [batch, kv_heads, tokens, head_dim].
+        value: like key.
+        key_mask: bool [batch, prefix + suffix], False where a global key is hidden; or None.
+        scale: of the logits before the softmax.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    scale: float
+
+
+class Forward(NamedTuple):
+    """The forward's results: `output` like query and `logsumexp` [batch, heads, tokens]."""
+
+    output: Tensor
+    logsumexp: Tensor
+
+
+class OutputGradients(NamedTuple):
+    """The gradients of the forward's results, which flow into the backward."""
+
+    output: Tensor
+    logsumexp: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """The gradients of query, key and value, each like its tensor."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a provider expects of a problem before it runs.
@@ -59,7 +99,7 @@ class Provider(Protocol):
     """An implementation of the op on some hardware.
 
     All tensors of one call are on one device and were validated by the op; batch, heads and tokens
-    are at least 1. `output`, `logsumexp` and the gradients are allocated by the op: a provider
+    are at least 1. The forward's results and the gradients are allocated by the op: a provider
     writes every element of them, whatever their strides, and keeps no reference.
     """
 
@@ -81,37 +121,19 @@ class Provider(Protocol):
         """How fast it will run a problem that it supports, by the costs of what it really does."""
         ...
 
-    def forward(
-        self,
-        problem: Problem,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        output: Tensor,
-        logsumexp: Tensor,
-    ) -> None:
-        """Writes `output` (like query) and `logsumexp` [batch, heads, tokens]."""
+    def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
+        """Writes `results`."""
         ...
 
     def backward(
         self,
         problem: Problem,
-        grad_output: Tensor,
-        grad_logsumexp: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        grad_query: Tensor,
-        grad_key: Tensor,
-        grad_value: Tensor,
+        inputs: Inputs,
+        forward: Forward,
+        given: OutputGradients,
+        gradients: Gradients,
     ) -> None:
-        """Writes the three gradients; `output` and `logsumexp` are the forward's."""
+        """Writes `gradients`; `forward` is what `forward` wrote, `given` the gradients of that."""
         ...
 
 

@@ -26,6 +26,7 @@ from gna_compile.geometry import Neighborhood
 from gna_compile.providers.cpu import tiles as cpu_tiles
 from gna_compile.providers.cpu.provider import Cpu
 from gna_compile.providers.cpu.tiles import Boxes
+from gna_compile.providers.problem import Forward, Inputs
 
 ISAS = _native.isas()
 
@@ -212,13 +213,14 @@ def test_a_forked_process_can_go_on(isa: str) -> None:
     torch.set_num_threads(3)
     query, key, value = inputs_of(LARGE)
     facts = problem(Neighborhood.of(**LARGE), batch=2, heads=4, kv_heads=2, head_dim=query.shape[3])
+    inputs = Inputs(query, key, value, None, 0.2)
     output, again = torch.empty_like(query), torch.empty_like(query)
     lse = torch.empty(query.shape[:3])
-    Cpu(isa).forward(facts, query, key, value, None, 0.2, output, lse)
+    Cpu(isa).forward(facts, inputs, Forward(output, lse))
     child = os.fork()
     if child == 0:
         # Only the kernel: PyTorch's own thread pool does not survive a fork.
-        Cpu(isa).forward(facts, query, key, value, None, 0.2, again, lse)
+        Cpu(isa).forward(facts, inputs, Forward(again, lse))
         same = again.numpy().tobytes() == output.numpy().tobytes()
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -228,7 +230,7 @@ MEMORY = """
 import resource, sys, torch
 from gna_compile.geometry import Neighborhood
 from gna_compile.providers.cpu.provider import Cpu
-from gna_compile.providers.problem import Problem
+from gna_compile.providers.problem import Forward, Gradients, Inputs, OutputGradients, Problem
 
 torch.set_num_threads(2)
 neighborhood = Neighborhood.of((16384,), (1024,))
@@ -241,8 +243,9 @@ def problem(n):
     return Problem("cpu", query.dtype, 1, 4, 4, 64, n, False, strides, strides, strides)
 def run(facts, q, k, v, o, l, go, gs):
     provider = Cpu(sys.argv[1])
-    provider.forward(facts, q, k, v, None, 0.1, o, l)
-    provider.backward(facts, go, None, q, k, v, o, l, None, 0.1, *gs)
+    inputs, results = Inputs(q, k, v, None, 0.1), Forward(o, l)
+    provider.forward(facts, inputs, results)
+    provider.backward(facts, inputs, results, OutputGradients(go, None), Gradients(*gs))
 # Once on few tokens, for what is loaded and allocated only once.
 small = [x[:, :, :64] for x in (query, key, value, output)]
 run(problem(Neighborhood.of((64,), (9,))), *small, lse[:, :, :64].contiguous(), small[0],

@@ -6,13 +6,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gna_compile import providers, self_check
+from gna_compile.providers import Forward, Inputs, Problem
 from gna_compile.providers.cuda import first_use
 from gna_compile.providers.cuda.first_use import Outcome
 from gna_compile.providers.portable.provider import Portable
@@ -23,10 +22,9 @@ class Wrong(Portable):
 
     name = "wrong"
 
-    def forward(self, *args: Any) -> None:
-        super().forward(*args)
-        output: Tensor = args[6]
-        output[..., :3] += 0.5
+    def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
+        super().forward(problem, inputs, results)
+        results.output[..., :3] += 0.5
 
 
 @pytest.fixture

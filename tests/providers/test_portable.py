@@ -18,7 +18,16 @@ from torch import Tensor
 
 from gna_compile import providers
 from gna_compile.geometry import Axis, Neighborhood
-from gna_compile.providers import Declined, Forecast, Problem, choose
+from gna_compile.providers import (
+    Declined,
+    Forecast,
+    Forward,
+    Gradients,
+    Inputs,
+    OutputGradients,
+    Problem,
+    choose,
+)
 from gna_compile.providers.portable import provider as portable
 from gna_compile.providers.portable import tiles as boxes
 from gna_compile.providers.portable.provider import Portable
@@ -148,14 +157,13 @@ def direct(kind: str) -> Callable[..., Any]:
             head_dim=head_dim,
             has_key_mask=key_mask is not None,
         )
-        output, lse = torch.empty_like(query), query.new_zeros(query.shape[:3])
+        inputs = Inputs(query, key, value, key_mask, 0.5)
+        results = Forward(torch.empty_like(query), query.new_zeros(query.shape[:3]))
         if kind == "forward":
-            Portable().forward(facts, query, key, value, key_mask, 0.5, output, lse)
+            Portable().forward(facts, inputs, results)
             return
-        grads = [torch.empty_like(x) for x in (query, key, value)]
-        Portable().backward(
-            facts, output, lse, query, key, value, output, lse, key_mask, 0.5, *grads
-        )
+        grads = Gradients(*map(torch.empty_like, (query, key, value)))
+        Portable().backward(facts, inputs, results, OutputGradients(*results), grads)
 
     return run
 

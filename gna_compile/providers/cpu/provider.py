@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gna_compile.providers.problem import Forecast, Problem
+from gna_compile.providers.problem import (
+    Forecast,
+    Forward,
+    Gradients,
+    Inputs,
+    OutputGradients,
+    Problem,
+)
 
 try:
     from gna_compile import _native
@@ -57,60 +64,38 @@ class Cpu:
     def forecast(self, problem: Problem) -> Forecast:
         return Forecast(tiles.predicted_speedup(problem.neighborhood))
 
-    def forward(
-        self,
-        problem: Problem,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        output: Tensor,
-        logsumexp: Tensor,
-    ) -> None:
+    def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
         _native.forward(
-            self._native_problem(problem, key_mask, scale),
-            _argument(query),
-            _argument(key),
-            _argument(value),
-            _argument(output),
-            logsumexp.data_ptr(),
+            self._native_problem(problem, inputs),
+            _argument(inputs.query),
+            _argument(inputs.key),
+            _argument(inputs.value),
+            _argument(results.output),
+            results.logsumexp.data_ptr(),
         )
 
     def backward(
         self,
         problem: Problem,
-        grad_output: Tensor,
-        grad_logsumexp: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        grad_query: Tensor,
-        grad_key: Tensor,
-        grad_value: Tensor,
+        inputs: Inputs,
+        forward: Forward,
+        given: OutputGradients,
+        gradients: Gradients,
     ) -> None:
-        logsumexp = logsumexp.contiguous()
+        logsumexp = forward.logsumexp.contiguous()
         _native.backward(
-            self._native_problem(problem, key_mask, scale),
-            _argument(grad_output),
-            None if grad_logsumexp is None else _argument(grad_logsumexp),
-            _argument(query),
-            _argument(key),
-            _argument(value),
-            _argument(output),
+            self._native_problem(problem, inputs),
+            _argument(given.output),
+            None if given.logsumexp is None else _argument(given.logsumexp),
+            _argument(inputs.query),
+            _argument(inputs.key),
+            _argument(inputs.value),
+            _argument(forward.output),
             logsumexp.data_ptr(),
-            _argument(grad_query),
-            _argument(grad_key),
-            _argument(grad_value),
+            *map(_argument, gradients),
         )
 
-    def _native_problem(
-        self, problem: Problem, key_mask: Tensor | None, scale: float
-    ) -> _native.Problem:
+    def _native_problem(self, problem: Problem, inputs: Inputs) -> _native.Problem:
         neighborhood = problem.neighborhood.merged
         boxes = tiles.choose_boxes(neighborhood)
         return _native.Problem(
@@ -121,8 +106,8 @@ class Cpu:
             suffix=neighborhood.suffix,
             log2_query_box=boxes.queries,
             log2_key_box=boxes.keys,
-            scale=scale,
-            key_mask=None if key_mask is None else _argument(key_mask),
+            scale=inputs.scale,
+            key_mask=None if inputs.key_mask is None else _argument(inputs.key_mask),
             threads=torch.get_num_threads(),
             isa=self._isa,
         )

@@ -31,7 +31,15 @@ from gna_compile.providers.cuda.library import (
 )
 from gna_compile.providers.flex.provider import Flex
 from gna_compile.providers.portable.provider import Portable
-from gna_compile.providers.problem import Forecast, Problem, Provider
+from gna_compile.providers.problem import (
+    Forecast,
+    Forward,
+    Gradients,
+    Inputs,
+    OutputGradients,
+    Problem,
+    Provider,
+)
 
 _TYPES = {torch.bfloat16: BF16, torch.float16: FP16}
 _HEAD_DIMS = range(8, 129, 8)
@@ -92,17 +100,8 @@ class NativeCuda:
     def forecast(self, problem: Problem) -> Forecast:
         return forecast(problem, self.name)
 
-    def forward(
-        self,
-        problem: Problem,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        output: Tensor,
-        logsumexp: Tensor,
-    ) -> None:
+    def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
+        query, key, value, key_mask, scale = inputs
         if scale < 0:
             query, scale = -query, -scale
         loaded = library(self.name)
@@ -114,7 +113,7 @@ class NativeCuda:
             native.key_mask_batch_stride, native.key_mask_token_stride = key_mask.stride()
         # Copies, if any, must outlive the launch: until then their memory could be handed out again.
         query, key, value = _aligned(query), _aligned(key), _aligned(value)
-        written = output
+        output = written = results.output
         strides = output.stride()
         is_writable = strides == query.stride() or _is_writable(self.name, problem, strides)
         if output.data_ptr() % _ALIGNMENT or not is_writable:
@@ -125,7 +124,7 @@ class NativeCuda:
             _view(key),
             _view(value),
             _view(written),
-            logsumexp.data_ptr(),
+            results.logsumexp.data_ptr(),
         )
         device = query.device.index
         if device == torch.cuda.current_device():
@@ -141,37 +140,15 @@ class NativeCuda:
     def backward(
         self,
         problem: Problem,
-        grad_output: Tensor,
-        grad_logsumexp: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        grad_query: Tensor,
-        grad_key: Tensor,
-        grad_value: Tensor,
+        inputs: Inputs,
+        forward: Forward,
+        given: OutputGradients,
+        gradients: Gradients,
     ) -> None:
-        gradients: Provider = Flex()
-        if gradients.supports(problem) is not None:
-            gradients = Portable()
-        gradients.backward(
-            problem,
-            grad_output,
-            grad_logsumexp,
-            query,
-            key,
-            value,
-            output,
-            logsumexp,
-            key_mask,
-            scale,
-            grad_query,
-            grad_key,
-            grad_value,
-        )
+        backwards: Provider = Flex()
+        if backwards.supports(problem) is not None:
+            backwards = Portable()
+        backwards.backward(problem, inputs, forward, given, gradients)
 
 
 def forecast(problem: Problem, architecture: str) -> Forecast:

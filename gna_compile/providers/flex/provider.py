@@ -25,7 +25,14 @@ from torch import Tensor
 
 from gna_compile.geometry import Neighborhood
 from gna_compile.providers.flex.tiles import TILE, lay_out
-from gna_compile.providers.problem import Forecast, Problem
+from gna_compile.providers.problem import (
+    Forecast,
+    Forward,
+    Gradients,
+    Inputs,
+    OutputGradients,
+    Problem,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = range(16, 257)
@@ -70,40 +77,21 @@ class Flex:
     def forecast(self, problem: Problem) -> Forecast:
         return Forecast()
 
-    def forward(
-        self,
-        problem: Problem,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        output: Tensor,
-        logsumexp: Tensor,
-    ) -> None:
-        _run(_forward, problem, scale, key_mask, [query, key, value, output, logsumexp])
+    def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
+        _run(_forward, problem, inputs, results)
 
     def backward(
         self,
         problem: Problem,
-        grad_output: Tensor,
-        grad_logsumexp: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        grad_query: Tensor,
-        grad_key: Tensor,
-        grad_value: Tensor,
+        inputs: Inputs,
+        forward: Forward,
+        given: OutputGradients,
+        gradients: Gradients,
     ) -> None:
-        tensors = [query, key, value, output, logsumexp, grad_output]
-        tensors += [grad_query, grad_key, grad_value]
-        if grad_logsumexp is not None:
-            tensors.append(grad_logsumexp)
-        _run(_backward, problem, scale, key_mask, tensors)
+        tensors = [*forward, given.output, *gradients]
+        if given.logsumexp is not None:
+            tensors.append(given.logsumexp)
+        _run(_backward, problem, inputs, tensors)
 
 
 def unusable(dtype: torch.dtype, head_dim: int) -> str | None:
@@ -164,14 +152,13 @@ _Step = Callable[..., None]
 _Facts = tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]
 
 
-def _run(
-    step: _Step, problem: Problem, scale: float, key_mask: Tensor | None, tensors: list[Tensor]
-) -> None:
+def _run(step: _Step, problem: Problem, inputs: Inputs, others: Sequence[Tensor]) -> None:
+    query, key, value, key_mask, scale = inputs
     neighborhood = problem.neighborhood
     hides_keys = key_mask is not None and neighborhood.global_tokens > 0
-    tables = _tables(neighborhood, hides_keys, tensors[0].device)
+    tables = _tables(neighborhood, hides_keys, query.device)
     mask = _Mask((len(tables) - _SHARED) // 3, neighborhood.global_tokens > 0, hides_keys)
-    arguments = [*tables, *([key_mask] if hides_keys else []), *tensors]
+    arguments = [*tables, *([key_mask] if hides_keys else []), query, key, value, *others]
     facts = tuple((x.device, x.dtype, x.shape, x.stride()) for x in arguments if x is not None)
     _kernel(step, mask, scale, facts)(*arguments)
 

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from gna_compile.geometry import Neighborhood
 from gna_compile.providers.portable.tiles import AxisTile, cut_grid, predicted_speedup
-from gna_compile.providers.problem import Forecast, Problem
+from gna_compile.providers.problem import (
+    Forecast,
+    Forward,
+    Gradients,
+    Inputs,
+    OutputGradients,
+    Problem,
+)
 
 _WORKSPACE = 1 << 26
 """Bytes that the buffers of one step aim to stay under; one head of one tile always runs."""
@@ -48,64 +55,50 @@ class Portable:
         group = problem.heads // problem.kv_heads
         return Forecast(predicted_speedup(problem.neighborhood, group))
 
-    def forward(
-        self,
-        problem: Problem,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        output: Tensor,
-        logsumexp: Tensor,
-    ) -> None:
+    def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
+        query, key, value, _, scale = inputs
         fused = _bounded(query, key, scale) and _bounded(value)
         scratch = _Scratch()
         for part in _parts(problem):
-            step = _Step(problem, part, key_mask, query, key, value, scratch)
+            step = _Step(problem, part, inputs, scratch)
             for tile in step.tiles():
                 out, lse = _attend(tile, scale, fused)
-                tile.write_rows(step.of_query(output), out)
-                tile.write_rows(step.of_query(logsumexp), lse)
+                tile.write_rows(step.of_query(results.output), out)
+                tile.write_rows(step.of_query(results.logsumexp), lse)
 
     def backward(
         self,
         problem: Problem,
-        grad_output: Tensor,
-        grad_logsumexp: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        grad_query: Tensor,
-        grad_key: Tensor,
-        grad_value: Tensor,
+        inputs: Inputs,
+        forward: Forward,
+        given: OutputGradients,
+        gradients: Gradients,
     ) -> None:
+        query, key, value, _, scale = inputs
         # The fused backward has no place for the logsumexp's gradient.
         fused = (
-            grad_logsumexp is None and _bounded(query, key, scale) and _bounded(grad_output, value)
+            given.logsumexp is None
+            and _bounded(query, key, scale)
+            and _bounded(given.output, value)
         )
         scratch = _Scratch()
         for part in _parts(problem):
-            step = _Step(problem, part, key_mask, query, key, value, scratch)
-            sums = [_Accumulator(step.of_key(grad)) for grad in (grad_key, grad_value)]
+            step = _Step(problem, part, inputs, scratch)
+            sums = [_Accumulator(step.of_key(grad)) for grad in (gradients.key, gradients.value)]
             for tile in step.tiles():
-                grad_lse = None
-                if grad_logsumexp is not None:
-                    grad_lse = tile.read_rows(step.of_query(grad_logsumexp), "grad_lse")
-                grads = _attend_backward(
-                    tile,
-                    tile.read_rows(step.of_query(grad_output), "grad_out"),
-                    grad_lse,
-                    tile.read_rows(step.of_query(output), "out"),
-                    tile.read_rows(step.of_query(logsumexp), "lse"),
-                    scale,
-                    fused,
+                rows = Forward(
+                    tile.read_rows(step.of_query(forward.output), "out"),
+                    tile.read_rows(step.of_query(forward.logsumexp), "lse"),
                 )
-                tile.write_rows(step.of_query(grad_query), grads[0])
+                grad_lse = given.logsumexp
+                given_rows = OutputGradients(
+                    tile.read_rows(step.of_query(given.output), "grad_out"),
+                    None
+                    if grad_lse is None
+                    else tile.read_rows(step.of_query(grad_lse), "grad_lse"),
+                )
+                grads = _attend_backward(tile, rows, given_rows, scale, fused)
+                tile.write_rows(step.of_query(gradients.query), grads.query)
                 for total, grad in zip(sums, grads[1:], strict=True):
                     tile.add_keys(total.tensor, grad)
             for total in sums:
@@ -175,10 +168,7 @@ class _Step:
         self,
         problem: Problem,
         part: _Part,
-        key_mask: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        inputs: Inputs,
         scratch: _Scratch,
     ) -> None:
         self._neighborhood = problem.neighborhood
@@ -186,12 +176,12 @@ class _Step:
         self._scratch = scratch
         self._group = problem.heads // problem.kv_heads
         self._kv_heads = problem.kv_heads
-        self._query = self.of_query(query)
-        self._key = self.of_key(key)
-        self._value = self.of_key(value)
+        self._query = self.of_query(inputs.query)
+        self._key = self.of_key(inputs.key)
+        self._value = self.of_key(inputs.value)
         self._hidden_globals: Tensor | None = None
-        if key_mask is not None and problem.neighborhood.global_tokens:
-            self._hidden_globals = ~key_mask[part.batch]
+        if inputs.key_mask is not None and problem.neighborhood.global_tokens:
+            self._hidden_globals = ~inputs.key_mask[part.batch]
 
     def of_query(self, tensor: Tensor) -> Tensor:
         grouped = tensor.unflatten(1, (self._kv_heads, self._group))
@@ -495,7 +485,7 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _attend(tile: _Tile, scale: float, fused: bool) -> tuple[Tensor, Tensor]:
+def _attend(tile: _Tile, scale: float, fused: bool) -> Forward:
     """Output [batch, kv_heads, rows, D] and logsumexp [batch, kv_heads, rows] of a tile."""
     if not fused:
         return _exact(tile, scale)
@@ -506,34 +496,36 @@ def _attend(tile: _Tile, scale: float, fused: bool) -> tuple[Tensor, Tensor]:
         attn_mask=_bias(tile),
         scale=scale,
     )
-    return out, lse
+    return Forward(out, lse)
 
 
 def _attend_backward(
-    tile: _Tile,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    fused: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a tile's queries, keys and values, shaped like them."""
+    tile: _Tile, forward: Forward, given: OutputGradients, scale: float, fused: bool
+) -> Gradients:
+    """Gradients of a tile's queries, keys and values, shaped like them.
+
+    Args:
+        tile: the tile.
+        forward: its rows of the forward's results.
+        given: its rows of their gradients.
+        scale: of the logits.
+        fused: whether PyTorch's kernel may serve.
+    """
     if not fused:
-        return _exact_backward(tile, grad_out, grad_lse, out, lse, scale)
+        return _exact_backward(tile, forward, given, scale)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _unit_stride(grad_out),
+        _unit_stride(given.output),
         _unit_stride(tile.query),
         _unit_stride(tile.key),
         _unit_stride(tile.value),
-        _unit_stride(out),
-        lse.contiguous(),
+        _unit_stride(forward.output),
+        forward.logsumexp.contiguous(),
         0.0,
         False,
         attn_mask=_bias(tile),
         scale=scale,
     )
-    return grads[0], grads[1], grads[2]
+    return Gradients(*grads[:3])
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -564,7 +556,7 @@ def _row_chunks(tile: _Tile) -> Iterator[tuple[slice, Tensor | None]]:
         yield chunk, hidden
 
 
-def _exact(tile: _Tile, scale: float) -> tuple[Tensor, Tensor]:
+def _exact(tile: _Tile, scale: float) -> Forward:
     dtype = _accurate(tile.query.dtype)
     query, key, value = (x.to(dtype) for x in (tile.query, tile.key, tile.value))
     outs, lses = [], []
@@ -580,24 +572,19 @@ def _exact(tile: _Tile, scale: float) -> tuple[Tensor, Tensor]:
         out = _product(weights, value, hidden, positive=True)
         outs.append(out.div_(total.masked_fill(total == 0, 1)))
         lses.append((highest + total.log()).squeeze(-1))
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+    return Forward(torch.cat(outs, dim=2), torch.cat(lses, dim=2))
 
 
 def _exact_backward(
-    tile: _Tile,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    tile: _Tile, forward: Forward, given: OutputGradients, scale: float
+) -> Gradients:
     dtype = _accurate(tile.query.dtype)
     query, key, value = (x.to(dtype) for x in (tile.query, tile.key, tile.value))
-    grad_out = grad_out.to(dtype)
+    grad_out, lse = given.output.to(dtype), forward.logsumexp
     shift = lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)
-    delta = (grad_out * out.to(dtype)).sum(dim=-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse.unsqueeze(-1)
+    delta = (grad_out * forward.output.to(dtype)).sum(dim=-1, keepdim=True)
+    if given.logsumexp is not None:
+        delta = delta - given.logsumexp.unsqueeze(-1)
     grad_queries = []
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     for rows, hidden in _row_chunks(tile):
@@ -613,7 +600,7 @@ def _exact_backward(
             grad_scores.masked_fill_(hidden, 0)
         grad_queries.append(_product(grad_scores, key, hidden, positive=False))
         grad_key += _product(grad_scores.mT, query[:, :, rows], hidden_from, positive=False)
-    return torch.cat(grad_queries, dim=2), grad_key, grad_value
+    return Gradients(torch.cat(grad_queries, dim=2), grad_key, grad_value)
 
 
 def _product(weights: Tensor, values: Tensor, hidden: Tensor | None, positive: bool) -> Tensor:

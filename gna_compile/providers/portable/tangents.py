@@ -24,43 +24,33 @@ from gna_compile.providers.portable.provider import (
     _Step,
     _Tile,
 )
-from gna_compile.providers.problem import Problem
+from gna_compile.providers.problem import Forward, Inputs, Problem
 
 
 def write_tangents(
-    problem: Problem,
-    tangents: tuple[Tensor, Tensor, Tensor],
-    operands: tuple[Tensor, Tensor, Tensor],
-    logsumexp: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    tangent_output: Tensor,
-    tangent_logsumexp: Tensor,
+    problem: Problem, inputs: Inputs, moving: Inputs, logsumexp: Tensor, tangents: Forward
 ) -> None:
     """Writes the tangents of output and logsumexp.
 
     Args:
         problem: as for a provider; batch, heads and tokens are at least 1.
-        tangents: of query, key and value, shaped and typed like them.
-        operands: query, key and value.
+        inputs: as for a provider.
+        moving: the same with the tangents of query, key and value in their places.
         logsumexp: the forward's.
-        key_mask: as for a provider.
-        scale: as for a provider.
-        tangent_output: like the output; every element is written.
-        tangent_logsumexp: like logsumexp; every element is written.
+        tangents: like the forward's results; every element is written.
     """
     scratch, moving_scratch = _Scratch(), _Scratch()
     for part in _parts(problem):
-        step = _Step(problem, part, key_mask, *operands, scratch)
-        moving = _Step(problem, part, key_mask, *tangents, moving_scratch)
-        for tile, tangent in zip(step.tiles(), moving.tiles(), strict=True):
+        step = _Step(problem, part, inputs, scratch)
+        moving_step = _Step(problem, part, moving, moving_scratch)
+        for tile, tangent in zip(step.tiles(), moving_step.tiles(), strict=True):
             lse = tile.read_rows(step.of_query(logsumexp), "lse")
-            out, out_lse = _tile_tangents(tile, tangent, lse, scale)
-            tile.write_rows(step.of_query(tangent_output), out)
-            tile.write_rows(step.of_query(tangent_logsumexp), out_lse)
+            rows = _tile_tangents(tile, tangent, lse, inputs.scale)
+            tile.write_rows(step.of_query(tangents.output), rows.output)
+            tile.write_rows(step.of_query(tangents.logsumexp), rows.logsumexp)
 
 
-def _tile_tangents(tile: _Tile, tangent: _Tile, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _tile_tangents(tile: _Tile, tangent: _Tile, lse: Tensor, scale: float) -> Forward:
     """Tangents of a tile's output [batch, kv_heads, rows, D] and logsumexp [batch, kv_heads, rows]."""
     dtype = _accurate(tile.query.dtype)
     query, key, value = (x.to(dtype) for x in (tile.query, tile.key, tile.value))
@@ -85,4 +75,4 @@ def _tile_tangents(tile: _Tile, tangent: _Tile, lse: Tensor, scale: float) -> tu
             moving_weights.masked_fill_(hidden, 0)
         outs.append(out + _product(moving_weights, value, hidden, positive=False))
         lses.append(moving_lse.squeeze(-1))
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+    return Forward(torch.cat(outs, dim=2), torch.cat(lses, dim=2))
