@@ -18,11 +18,11 @@ from torch.utils import flop_counter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import gna_compile.ops as ops
 from gna_compile import providers
-from gna_compile.flops import attention_flops
 from gna_compile.geometry import Neighborhood
-from gna_compile.ops import neighborhood_attention
+from gna_compile.ops import derivatives, neighborhood_attention, schema
+from gna_compile.ops.flops import attention_flops
+from gna_compile.ops.schema import Geometry
 from gna_compile.providers import Forecast, Problem
 
 SDPA: Any = torch.nn.functional.scaled_dot_product_attention
@@ -88,10 +88,10 @@ def test_the_version_stands_for_schema_and_autograd_formula() -> None:
     """
     source = "".join(
         [
-            ops.FORWARD_SCHEMA,
-            ops.BACKWARD_SCHEMA,
-            inspect.getsource(ops._setup_context),
-            inspect.getsource(ops._gradient),
+            schema.FORWARD_SCHEMA,
+            schema.BACKWARD_SCHEMA,
+            inspect.getsource(derivatives._setup_context),
+            inspect.getsource(derivatives._gradient),
         ]
     )
     digest = hashlib.sha256(source.encode()).hexdigest()
@@ -99,9 +99,9 @@ def test_the_version_stands_for_schema_and_autograd_formula() -> None:
 
 
 def test_schema() -> None:
-    assert str(FORWARD._schema) == f"gna::{ops.FORWARD_SCHEMA}"
-    assert str(BACKWARD._schema) == f"gna::{ops.BACKWARD_SCHEMA}"
-    assert str(TANGENT._schema) == f"gna::{ops.TANGENT_SCHEMA}"
+    assert str(FORWARD._schema) == f"gna::{schema.FORWARD_SCHEMA}"
+    assert str(BACKWARD._schema) == f"gna::{schema.BACKWARD_SCHEMA}"
+    assert str(TANGENT._schema) == f"gna::{schema.TANGENT_SCHEMA}"
     assert not FORWARD._schema.is_mutable
     assert torch.Tag.pt2_compliant_tag in FORWARD.tags
 
@@ -608,7 +608,9 @@ def test_full_windows_cost_what_pytorch_counts_for_attention() -> None:
 
 def test_flops_of_known_sizes_only_need_hints() -> None:
     expected = 4 * 2 * 4 * 8 * Neighborhood.of((4, 3), (2, 3), (1, 2), None, (False, True)).pairs
-    actual = attention_flops((2, 4, 12, 8), [4, 3], [2, 3], [1, 2], [1, 1], [False, True], 0, 0)
+    actual = attention_flops(
+        (2, 4, 12, 8), Geometry([4, 3], [2, 3], [1, 2], [1, 1], [False, True], 0, 0)
+    )
     assert actual == expected
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +41,18 @@ class Problem:
     query_strides: tuple[int, ...]
     key_strides: tuple[int, ...]
     value_strides: tuple[int, ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        """Computed once, as every call looks something up by its problem."""
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The hash is another one in another process.
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
 
 
 class Inputs(NamedTuple):

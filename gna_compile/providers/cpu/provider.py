@@ -6,6 +6,9 @@ PyTorch would use.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,21 +99,29 @@ class Cpu:
         )
 
     def _native_problem(self, problem: Problem, inputs: Inputs) -> _native.Problem:
-        neighborhood = problem.neighborhood.merged
-        boxes = tiles.choose_boxes(neighborhood)
+        boxes = tiles.choose_boxes(problem.neighborhood.merged)
         return _native.Problem(
-            type=_TYPES[problem.dtype],
-            sizes=(problem.batch, problem.heads, problem.kv_heads, problem.head_dim),
-            axes=[tiles.arguments(axis) for axis in neighborhood.axes],
-            prefix=neighborhood.prefix,
-            suffix=neighborhood.suffix,
-            log2_query_box=boxes.queries,
-            log2_key_box=boxes.keys,
+            **_constants(problem, boxes),
             scale=inputs.scale,
             key_mask=None if inputs.key_mask is None else _argument(inputs.key_mask),
             threads=torch.get_num_threads(),
             isa=self._isa,
         )
+
+
+@lru_cache(maxsize=1024)
+def _constants(problem: Problem, boxes: tiles.Boxes) -> dict[str, Any]:
+    """All of the problem that does not change from call to call."""
+    neighborhood = problem.neighborhood.merged
+    return {
+        "type": _TYPES[problem.dtype],
+        "sizes": (problem.batch, problem.heads, problem.kv_heads, problem.head_dim),
+        "axes": [tiles.arguments(axis) for axis in neighborhood.axes],
+        "prefix": neighborhood.prefix,
+        "suffix": neighborhood.suffix,
+        "log2_query_box": boxes.queries,
+        "log2_key_box": boxes.keys,
+    }
 
 
 def _argument(tensor: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -13,28 +13,27 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from gna_compile.geometry import Neighborhood
+from gna_compile.ops.schema import BackwardCall, ForwardCall, Geometry
 
 
-def attention_flops(
-    query_shape: Sequence[Any],
-    grid: Sequence[Any],
-    window: Sequence[Any],
-    stride: Sequence[Any],
-    dilation: Sequence[Any],
-    causal: Sequence[bool],
-    prefix: Any,
-    suffix: Any,
-) -> int:
+def attention_flops(query_shape: Sequence[Any], geometry: Geometry) -> int:
     """Forward FLOPs; a key mask is not looked at, as it is data."""
     batch, heads, tokens, head_dim = map(_number, query_shape)
-    columns = [[_number(size) for size in sizes] for sizes in (grid, window, stride, dilation)]
+    columns = [[_number(size) for size in sizes] for sizes in geometry[:4]]
     # A size that is not known is counted as dense, which bounds it.
     pairs = tokens * tokens
     if all(isinstance(size, int) for column in columns for size in column):
         lengths, windows, strides, dilations = columns
-        geometry = (lengths, windows, strides, dilations, causal)
-        pairs = Neighborhood.of(*geometry, _number(prefix), _number(suffix)).pairs
+        ends = _number(geometry.prefix), _number(geometry.suffix)
+        axes = (lengths, windows, strides, dilations, geometry.causal)
+        pairs = Neighborhood.of(*axes, *ends).pairs
     return 4 * batch * heads * pairs * head_dim
+
+
+def _flops(call: ForwardCall | BackwardCall) -> int:
+    """Of a call that has shapes in place of its tensors."""
+    query_shape: Any = call.inputs.query
+    return attention_flops(query_shape, call.geometry)
 
 
 def _number(size: Any) -> Any:
@@ -46,32 +45,12 @@ def _number(size: Any) -> Any:
 
 
 def register() -> None:
-    """Registers the formulas of both ops; they must be defined."""
+    """Registers the formulas of both ops, which are given shapes in place of tensors."""
 
     @register_flop_formula(torch.ops.gna.attention)
-    def forward(  # type: ignore[no-untyped-def]
-        query, key, value, grid, window, stride, dilation, causal, prefix, suffix, *_, **__
-    ) -> int:
-        return attention_flops(query, grid, window, stride, dilation, causal, prefix, suffix)
+    def forward(*args: Any, **_: Any) -> int:
+        return _flops(ForwardCall.of(*args))
 
     @register_flop_formula(torch.ops.gna.attention_backward)
-    def backward(  # type: ignore[no-untyped-def]
-        grad_output,
-        grad_logsumexp,
-        query,
-        key,
-        value,
-        output,
-        logsumexp,
-        grid,
-        window,
-        stride,
-        dilation,
-        causal,
-        prefix,
-        suffix,
-        *_,
-        **__,
-    ) -> int:
-        geometry = (grid, window, stride, dilation, causal, prefix, suffix)
-        return attention_flops(query, *geometry) * 5 // 2
+    def backward(*args: Any, **_: Any) -> int:
+        return _flops(BackwardCall.of(*args)) * 5 // 2
