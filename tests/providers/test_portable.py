@@ -29,7 +29,9 @@ from gna_compile.providers import (
     choose,
 )
 from gna_compile.providers.portable import provider as portable
+from gna_compile.providers.portable import tile_tensors, walk
 from gna_compile.providers.portable import tiles as boxes
+from gna_compile.providers.portable.masks import axis_hidden
 from gna_compile.providers.portable.provider import Portable
 
 WAYS = ["fused", "exact"]
@@ -52,7 +54,7 @@ def work(monkeypatch: pytest.MonkeyPatch, way: str, cut_sizes: Sequence[int] | N
                 for axis, size in zip(neighborhood.axes, cut_sizes, strict=True)
             )
 
-        monkeypatch.setattr(portable, "cut_grid", cut)
+        monkeypatch.setattr(walk, "cut_grid", cut)
 
 
 # Cutting the grid --------------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def test_a_cut_covers_every_query_once_with_its_union_box(parts: list[Axis], row
 @given(axes(), st.integers(1, 24), st.booleans())
 def test_axis_masks_are_the_geometry(axis: Axis, size: int, merge: bool) -> None:
     for tile in boxes._tiles(axis, size, merge):
-        hidden = portable.axis_hidden(tile, torch.device("cpu"))
+        hidden = axis_hidden(tile, torch.device("cpu"))
         keys = range(axis.length)[tile.key_tokens]
         for row, query in zip(hidden, range(axis.length)[tile.query_tokens], strict=True):
             assert [not axis.sees(query, key) for key in keys] == row.tolist()
@@ -172,7 +174,7 @@ def direct(kind: str) -> Callable[..., Any]:
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_is_bounded(way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work(monkeypatch, way)
-    monkeypatch.setattr(portable, "_WORKSPACE", 1 << 20)
+    monkeypatch.setattr(tile_tensors, "WORKSPACE", 1 << 20)
     monkeypatch.setattr(boxes, "MAX_MASK", 1 << 17)
     boxes.cut_grid.cache_clear()
     neighborhood = Neighborhood.of((48, 48), (13, 13), prefix=4)

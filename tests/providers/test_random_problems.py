@@ -24,6 +24,7 @@ from gna_compile.geometry import Neighborhood
 from gna_compile.providers.cpu import tiles as cpu_tiles
 from gna_compile.providers.cpu.provider import Cpu
 from gna_compile.providers.portable import provider as portable
+from gna_compile.providers.portable import tile_tensors, walk
 from gna_compile.providers.portable import tiles as boxes
 from gna_compile.providers.portable.provider import Portable
 
@@ -138,9 +139,9 @@ def test_block_of_random_problems(block: int, monkeypatch: pytest.MonkeyPatch) -
     for index in range(PROBLEMS_PER_BLOCK):
         problem = RandomProblem(block * PROBLEMS_PER_BLOCK + index)
         monkeypatch.setattr(portable, "_bounded", bounded if problem.fused else lambda *_: False)
-        monkeypatch.setattr(portable, "_WORKSPACE", problem.workspace)
+        monkeypatch.setattr(tile_tensors, "WORKSPACE", problem.workspace)
         cut = problem.cut() if problem.random_cut else cut_grid
-        monkeypatch.setattr(portable, "cut_grid", cut)
+        monkeypatch.setattr(walk, "cut_grid", cut)
         check(problem)
 
 

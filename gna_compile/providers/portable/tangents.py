@@ -15,15 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from gna_compile.providers.portable.provider import (
-    _accurate,
-    _parts,
-    _product,
-    _row_chunks,
-    _Scratch,
-    _Step,
-    _Tile,
-)
+from gna_compile.providers.portable.exact import accurate, product
+from gna_compile.providers.portable.tile_tensors import Scratch, Tile
+from gna_compile.providers.portable.walk import Step, parts
 from gna_compile.providers.problem import Forward, Inputs, Problem
 
 
@@ -39,10 +33,10 @@ def write_tangents(
         logsumexp: the forward's.
         tangents: like the forward's results; every element is written.
     """
-    scratch, moving_scratch = _Scratch(), _Scratch()
-    for part in _parts(problem):
-        step = _Step(problem, part, inputs, scratch)
-        moving_step = _Step(problem, part, moving, moving_scratch)
+    scratch, moving_scratch = Scratch(), Scratch()
+    for part in parts(problem):
+        step = Step(problem, part, inputs, scratch)
+        moving_step = Step(problem, part, moving, moving_scratch)
         for tile, tangent in zip(step.tiles(), moving_step.tiles(), strict=True):
             lse = tile.read_rows(step.of_query(logsumexp), "lse")
             rows = _tile_tangents(tile, tangent, lse, inputs.scale)
@@ -50,16 +44,16 @@ def write_tangents(
             tile.write_rows(step.of_query(tangents.logsumexp), rows.logsumexp)
 
 
-def _tile_tangents(tile: _Tile, tangent: _Tile, lse: Tensor, scale: float) -> Forward:
+def _tile_tangents(tile: Tile, tangent: Tile, lse: Tensor, scale: float) -> Forward:
     """Tangents of a tile's output [batch, kv_heads, rows, D] and logsumexp [batch, kv_heads, rows]."""
-    dtype = _accurate(tile.query.dtype)
+    dtype = accurate(tile.query.dtype)
     query, key, value = (x.to(dtype) for x in (tile.query, tile.key, tile.value))
     moving_query, moving_key, moving_value = (
         x.to(dtype) for x in (tangent.query, tangent.key, tangent.value)
     )
     shift = lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)
     outs, lses = [], []
-    for rows, hidden in _row_chunks(tile):
+    for rows, hidden in tile.row_chunks():
         weights = torch.matmul(query[:, :, rows], key.mT).mul_(scale).sub_(shift[:, :, rows]).exp_()
         moving_scores = torch.matmul(moving_query[:, :, rows], key.mT)
         moving_scores += torch.matmul(query[:, :, rows], moving_key.mT)
@@ -68,11 +62,11 @@ def _tile_tangents(tile: _Tile, tangent: _Tile, lse: Tensor, scale: float) -> Fo
             weights.masked_fill_(hidden, 0)
             moving_scores.masked_fill_(hidden, 0)
         moving_lse = (weights * moving_scores).sum(dim=-1, keepdim=True)
-        out = _product(weights, moving_value, hidden, positive=True)
+        out = product(weights, moving_value, hidden, positive=True)
         moving_weights = moving_scores.sub_(moving_lse).mul_(weights)
         if hidden is not None:
             # Where the row's tangent is not finite, a hidden weight of 0 times it is NaN.
             moving_weights.masked_fill_(hidden, 0)
-        outs.append(out + _product(moving_weights, value, hidden, positive=False))
+        outs.append(out + product(moving_weights, value, hidden, positive=False))
         lses.append(moving_lse.squeeze(-1))
     return Forward(torch.cat(outs, dim=2), torch.cat(lses, dim=2))
