@@ -23,7 +23,7 @@ from gna_compile.phases import current_phase, declare, known_phase
 from gna_compile.policy import DEFAULT_PHASE
 
 if TYPE_CHECKING:
-    from gna_compile.decide import Decision
+    from gna_compile.decision import Decision
     from gna_compile.policy import Policy
     from gna_compile.prepared.stamps import Stamp
 
@@ -92,6 +92,7 @@ def compile_graph(
         record.publish()
         return lowered(gm, example_inputs)
     _warn_if_recompilations_run_out()
+    import gna_compile.ops  # noqa: F401 - registers the op
 
     # A symbolic graph can only be lowered now, while Dynamo traces it; a static one that another
     # phase runs waits until it does.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from gna_compile.decision import Decision
 from gna_compile.geometry import GeometryError, Neighborhood
 from gna_compile.graph.dynamo_frame import is_resumed, local_modules, position_ids_outside
 from gna_compile.graph.sites.find import Site
@@ -23,45 +24,6 @@ from gna_compile.prepared.packed_grid import Mark
 from gna_compile.prepared.stamps import PACKED, WATCH, Stamp, model_around
 from gna_compile.providers import Declined, Problem, Provider, choose
 from gna_compile.reasons import Reason
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of one site.
-
-    Attributes:
-        site: the attention site.
-        layer: its layer's qualified name, as the policy was asked for it.
-        layout: how its tokens lie, if that is known.
-        rule: index of the rule that matched, if one did.
-        parameters: window, stride, dilation and causal, if the site is rewritten.
-        flop_share: share of dense attention's FLOPs that the mask keeps, if a window applies.
-        predicted_speedup: over dense attention, at the example sizes, if the provider is known.
-        provider: name of the provider that will run it, if the site is rewritten.
-        reason: why the site stays dense; None if it is rewritten.
-        detail: the reason in words, with the values that decided; a hint if it is rewritten.
-    """
-
-    site: Site
-    layer: str
-    layout: Layout | None = None
-    rule: int | None = None
-    parameters: Parameters | None = None
-    flop_share: float | None = None
-    predicted_speedup: float | None = None
-    provider: str = ""
-    reason: Reason | None = None
-    detail: str = ""
-
-    @property
-    def is_rewritten(self) -> bool:
-        return self.reason is None
-
-    def same_rewrite(self, other: Decision) -> bool:
-        """Whether both decisions on one site lead to the same graph."""
-        if not (self.is_rewritten and other.is_rewritten):
-            return self.is_rewritten == other.is_rewritten
-        return (self.parameters, self.layout) == (other.parameters, other.layout)
 
 
 class _Dense(Exception):

@@ -52,8 +52,6 @@ def rewrite(rewrites: Iterable[Rewrite], *, verify_masks: bool = False) -> None:
 def _replace(
     site: Site, layout: Layout, parameters: Parameters, sizes: SizeNodes, verify_masks: bool
 ) -> None:
-    import gna_compile.ops  # noqa: F401 - registers the op
-
     node = site.node
     original = node.meta["example_value"]
     assert site.query is not None and site.key is not None and site.value is not None

@@ -15,7 +15,7 @@ from torch import fx
 from gna_compile.report.rows import Row, row_of
 
 if TYPE_CHECKING:
-    from gna_compile.decide import Decision
+    from gna_compile.decision import Decision
 
 log = logging.getLogger("gna_compile")
 

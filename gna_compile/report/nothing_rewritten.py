@@ -22,7 +22,7 @@ from gna_compile.prepared.stamps import Stamp, attention_names, class_stack, mod
 from gna_compile.reasons import Reason
 
 if TYPE_CHECKING:
-    from gna_compile.decide import Decision
+    from gna_compile.decision import Decision
 
 log = logging.getLogger("gna_compile")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gna_compile.decide import Decision
+from gna_compile.decision import Decision
 from gna_compile.graph.symbols import hint
 from gna_compile.graph.tokens.layouts import Layout
 

@@ -33,7 +33,7 @@ from gna_compile.lower import Lowered
 from gna_compile.verify.probe import OPERANDS, Call, Claim, Probe
 
 if TYPE_CHECKING:
-    from gna_compile.decide import Decision
+    from gna_compile.decision import Decision
 
 log = logging.getLogger("gna_compile")
 
