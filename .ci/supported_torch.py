@@ -8,7 +8,9 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-OLDEST, FIRST_UNSUPPORTED = (2, 11), (2, 14)
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+oldest = re.search(r'"torch>=(\d+)\.(\d+)"', PYPROJECT.read_text())
+assert oldest is not None, "pyproject.toml requires no torch"
 
 try:
     torch = metadata.distribution("torch")
@@ -16,5 +18,5 @@ except metadata.PackageNotFoundError:
     pass
 else:
     numbers = re.match(r"(\d+)\.(\d+)", torch.version)
-    if numbers and OLDEST <= tuple(map(int, numbers.groups())) < FIRST_UNSUPPORTED:
+    if numbers and tuple(map(int, oldest.groups())) <= tuple(map(int, numbers.groups())):
         print(Path(str(torch.locate_file(""))).resolve())

@@ -42,6 +42,7 @@ class GnaBackend:
         *,
         mode: str | None = None,
         options: dict[str, Any] | None = None,
+        **_: Any,
     ) -> Lowered:
         """Compiles one graph.
 
@@ -50,6 +51,7 @@ class GnaBackend:
             example_inputs: its inputs, as Dynamo gives them: real tensors, ints, symbols.
             mode: as `torch.compile(mode=...)` takes it.
             options: see `gna_compile.options.Options`.
+            _: what later versions of torch hand to every backend, such as `name` since 2.15.
 
         Raises:
             PolicyError: if the policy cannot be found or is malformed.
