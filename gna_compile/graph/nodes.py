@@ -52,15 +52,32 @@ _NAMES = {
     "_to_copy": "to",
     "swapaxes": "transpose",
     "swapdims": "transpose",
+    "moveaxis": "movedim",
+    "adjoint": "mH",
+    "numpy_T": "T",
+    "matrix_H": "H",
+    "_get_data_attr": "data",
+    # The same elements in the same places, only in memory of their own.
+    "transpose_copy": "transpose",
+    "permute_copy": "permute",
+    "t_copy": "t",
+    "view_copy": "view",
+    "expand_copy": "expand",
+    "unsqueeze_copy": "unsqueeze",
+    "squeeze_copy": "squeeze",
 }
+
+# Attributes that are tensors. Which of them Dynamo writes as `getattr`, and which as a call of an
+# `aten` operator, differs from version to version.
+_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 
 
 def operator_name(node: fx.Node) -> str:
     """One name for a torch operator however it is called; "" for anything else.
 
-    A function (`torch.softmax`, `torch.nn.functional.softmax`), a Tensor method, a Python operator
-    and an `aten` overload share their name; so do in-place forms (`add_`), which `written_by`
-    tells apart.
+    A function (`torch.softmax`, `torch.nn.functional.softmax`), a Tensor method, a Python operator,
+    an attribute (`x.mT`) and an `aten` overload share their name; so do in-place forms (`add_`),
+    which `written_by` tells apart. An attribute that is no tensor (`x.shape`) is a "getattr".
     """
     name = ""
     if node.op == "call_method":
@@ -78,6 +95,8 @@ def operator_name(node: fx.Node) -> str:
             "builtins",
         ):
             name = getattr(target, "__name__", "")
+        if target is getattr and node.args[1:2] and node.args[1] in _ATTRIBUTES:
+            name = str(node.args[1])
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     return _NAMES.get(name, name)

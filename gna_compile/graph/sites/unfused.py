@@ -24,7 +24,7 @@ from gna_compile.reasons import Reason
 _CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16"})
 _VIEWS = frozenset({"view", "reshape", "contiguous", "clone", "flatten", "unflatten"})
 _VIEWS |= {"unsqueeze", "squeeze", "expand", "view_as", "reshape_as", "detach_copy"}
-_TRANSPOSES = frozenset({"transpose", "permute", "getattr"})
+_TRANSPOSES = frozenset({"transpose", "permute", "movedim", "mT", "mH", "T", "H", "t"})
 # What some models do to scores or weights besides a scale and a mask.
 _ALTERATIONS = frozenset(
     {"tanh", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "sub", "add", "mul", "div"}
@@ -387,7 +387,7 @@ def _weights_in(product: _Product, node: fx.Node, flipped: bool) -> _Weights | N
 
 
 def _swaps_last_two(node: fx.Node) -> bool:
-    """Whether a node is its operand with the last two dimensions exchanged, as a view."""
+    """Whether a node is its operand with the last two dimensions exchanged."""
     name = operator_name(node)
     value = tensor_of(node)
     if name not in _TRANSPOSES or value is None or written_by(node):
@@ -395,11 +395,15 @@ def _swaps_last_two(node: fx.Node) -> bool:
     rank = value.dim()
     if rank < 2:
         return False
-    if name == "getattr":
-        return node.args[1] == "mT"
-    if name == "transpose":
-        first = argument_of(node, 1, "dim0", "axis0")
-        second = argument_of(node, 2, "dim1", "axis1")
+    if name == "mT":
+        return True
+    if name == "mH":
+        return not value.is_complex()
+    if name in ("T", "H", "t"):
+        return rank == 2 and not value.is_complex()
+    if name in ("transpose", "movedim"):
+        first = argument_of(node, 1, "dim0", "axis0", "source")
+        second = argument_of(node, 2, "dim1", "axis1", "destination")
         if not isinstance(first, int) or not isinstance(second, int):
             return False
         return {first % rank, second % rank} == {rank - 1, rank - 2}

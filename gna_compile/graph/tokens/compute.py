@@ -11,11 +11,9 @@ from gna_compile.graph.tokens.call import RULES, Call, Rule, Unruled, Value, rul
 from gna_compile.graph.tokens.cells import Tokens, elementwise, mixed, reduced
 from gna_compile.graph.tokens.movement import (
     inserted,
-    matrix_transpose,
     permuted,
     picked,
     removed,
-    same,
     sliced,
     widened,
 )
@@ -235,11 +233,3 @@ def whole_layer(call: Call) -> Value:
     if not isinstance(pieces, list | tuple):
         raise Unruled
     return [along_last(query, query.shape), *(None for _ in pieces[1:])]
-
-
-@rule("getattr")
-def attribute(call: Call) -> Value:
-    found = RULES.get(str(call.argument(1)))
-    if found is matrix_transpose or found is same:
-        return found(call)
-    raise Unruled

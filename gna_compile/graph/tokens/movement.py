@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
-from gna_compile.graph.nodes import tensor_of
+from gna_compile.graph.nodes import operator_name, tensor_of
 from gna_compile.graph.tokens.call import Call, Unruled, Value, rule
 from gna_compile.graph.tokens.cells import (
     NONE,
@@ -155,18 +155,18 @@ def transpose(call: Call) -> Value:
     return permuted(tokens, swapped(call, len(tokens.shape)))
 
 
-@rule("t", "T", "numpy_T", "adjoint", "mT", "mH", "H")
+@rule("t", "T", "mT", "mH", "H")
 def matrix_transpose(call: Call) -> Value:
     tokens = call.first
     rank = len(tokens.shape)
-    order = [*range(rank - 2), *reversed(range(max(rank - 2, 0), rank))]
-    result = permuted(tokens, order)
+    kept = 0 if operator_name(call.node) == "T" else max(rank - 2, 0)
+    result = permuted(tokens, [*range(kept), *reversed(range(kept, rank))])
     if result.shape != call.result:
         raise Unruled
     return result
 
 
-@rule("movedim", "moveaxis")
+@rule("movedim")
 def movedim(call: Call) -> Value:
     tokens = call.first
     rank = len(tokens.shape)

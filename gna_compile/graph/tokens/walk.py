@@ -53,7 +53,8 @@ _VIEWS = frozenset(
     {
         *("view", "reshape", "flatten", "ravel", "unflatten", "permute", "transpose", "t", "T"),
         *("mT", "unsqueeze", "squeeze", "expand", "chunk", "split", "unbind", "select", "narrow"),
-        *("getitem", "movedim", "moveaxis", "detach", "view_as", "contiguous", "to", "getattr"),
+        *("getitem", "movedim", "detach", "view_as", "contiguous", "to", "H", "mH"),
+        *("data", "real", "imag"),
         *("split_with_sizes", "tensor_split", "expand_as", "reshape_as", "view_as_real"),
         *("view_as_complex", "unfold", "swapaxes", "alias", "float", "type"),
     }
