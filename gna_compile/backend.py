@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx, nn
 
+from gna_compile import _torch
 from gna_compile.lower import Lowered, LoweredWhenCalled, is_static, lower
 from gna_compile.options import Options
 from gna_compile.phases import current_phase, declare, known_phase
 from gna_compile.policy import DEFAULT_PHASE
+from gna_compile.reasons import Reason
 
 if TYPE_CHECKING:
     from gna_compile.decision import Decision
+    from gna_compile.graph.sites.find import Site
     from gna_compile.policy import Policy
     from gna_compile.prepared.stamps import Stamp
 
 log = logging.getLogger("gna_compile")
+
+_torch.probe()
 
 
 class GnaBackend:
@@ -86,7 +90,11 @@ def compile_graph(
 
     # Whoever keeps this for later keeps no inputs alive.
     lowered = partial(lower, inner=options.inner, mode=options.mode, inductor=options.inductor)
-    plan = decide_graph(gm, example_inputs, options)
+    try:
+        plan = decide_graph(gm, example_inputs, options)
+    except _torch.Missing as missing:
+        log.warning('%s, so backend="gna" leaves this graph dense', missing)
+        plan = GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)
     record = GraphRecord.start(gm, plan.decisions)
     if not quiet:
         say(plan.decisions.values(), plan.policies, plan.root, plan.stamps)
@@ -188,9 +196,10 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     from gna_compile.prepared.packed_grid import Mark, take_marks
     from gna_compile.prepared.stamps import KEY, PACKED, model_around, stamp_of, stamps_below
 
+    _torch.require("rewriting")
     packed_grids = take_marks(gm)
     policy = load_policy(options.policy) if options.policy is not None else None
-    sites = find_sites(gm)
+    sites = [_as_torch_allows(site, gm, options) for site in find_sites(gm)]
     if not sites:
         return GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)
     root = root_module()
@@ -229,6 +238,18 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     return GraphPlan(decisions, variants, variant_of_phase, root, frozenset(given), reached)
 
 
+def _as_torch_allows(site: Site, gm: fx.GraphModule, options: Options) -> Site:
+    """The site; with an obstacle where this torch lacks what rewriting it takes."""
+    why = _torch.why_not("op")
+    if why is None and not is_static(gm):
+        why = _torch.why_not("symbolic sizes")
+    if why is None and options.verify_masks and site.mask is not None:
+        why = _torch.why_not("verify_masks")
+    if why is None or site.obstacle is not None:
+        return site
+    return replace(site, obstacle=(Reason.TORCH, why))
+
+
 def _same_rewrites(row: Sequence[Decision], other: Sequence[Decision]) -> bool:
     return all(a.same_rewrite(b) for a, b in zip(row, other, strict=True))
 
@@ -250,5 +271,5 @@ def _warn_if_recompilations_run_out() -> None:
             "this is the last graph that Dynamo compiles for this code "
             "(torch._dynamo.config.recompile_limit = %d); further layers or shapes will run "
             "eagerly and dense. Raise the limit, or give layers fewer different rules.",
-            torch._dynamo.config.recompile_limit,
+            _torch.recompile_limit(),
         )

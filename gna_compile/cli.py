@@ -153,17 +153,19 @@ def doctor() -> None:
     """Which torch and device this is, and which providers can be used here."""
     import torch
 
-    import gna_compile.ops  # noqa: F401 - registers the op
+    from gna_compile import _torch
     from gna_compile.planner import ARCHITECTURES
     from gna_compile.providers import PROVIDERS
     from gna_compile.providers.cpu.provider import instruction_sets
     from gna_compile.providers.cuda.library import library
 
-    supported = (2, 11) <= tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 14)
-    console.print(
-        f"torch {torch.__version__}" + ("" if supported else " (supported: 2.11 to 2.13)")
-    )
-    listed = "gna" in torch._dynamo.list_backends()
+    if _torch.why_not("op") is None:
+        import gna_compile.ops  # noqa: F401 - registers the op
+    tested = _torch.untested()
+    console.print(f"torch {torch.__version__}" + (f" ({tested})" if tested else ""))
+    for feature, names in _torch.probes().items():
+        console.print(f"  {feature}: {names}", highlight=False, soft_wrap=True)
+    listed = "gna" in torch.compiler.list_backends()
     console.print(f"backend 'gna' registered: {'yes' if listed else 'no, reinstall gna-compile'}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gna_compile import _torch
 from gna_compile.decision import Decision
 from gna_compile.geometry import GeometryError, Neighborhood
 from gna_compile.graph.dynamo_frame import is_resumed, local_modules, position_ids_outside
@@ -173,6 +174,13 @@ def _layout(
                 f"a grid is declared, but {ids} outside this graph decides on the grid at every "
                 "call: use gna_compile.prepare(model, policy)",
             )
+        missing = _torch.why_not("prepare")
+        if missing is not None:
+            return Refusal(
+                Reason.TORCH,
+                "a grid is declared, but whether this graph is a whole model is not known: "
+                f"{missing}",
+            )
         if is_resumed() or model_around(root) is not root:
             return Refusal(
                 Reason.LAYOUT_UNKNOWN,
@@ -245,7 +253,7 @@ def _grid_of_ids(shown: Layout | Refusal) -> tuple[Size, ...] | None:
 
 def _reads_ids(root: torch.nn.Module | None, stamp: Stamp) -> bool:
     """Whether the hook that looks at inputs ran before this graph, and not inlined in it."""
-    if torch._dynamo.config.nested_graph_breaks:
+    if _torch.nested_graph_breaks():
         return False
     inside = [m for m in local_modules() if m.__dict__.get(PACKED) is stamp.packed]
     # A watched module that is not the one whose method this is may have its hook inlined here.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+
+from gna_compile import _torch
+
+log = logging.getLogger("gna_compile")
 
 Lowered = Callable[..., Any]
 
@@ -26,10 +31,18 @@ def lower(
     an untouched result.
     """
     if inner == "inductor":
-        return torch._TorchCompileInductorWrapper(mode, inductor, None)(gm, example_inputs)
-    from torch._dynamo.backends.registry import lookup_backend
-
-    return lookup_backend(inner)(gm, list(example_inputs))
+        why = _torch.why_not("Inductor's options")
+        if why is None:
+            lowered: Lowered = _torch.InductorWrapper(mode, inductor, None)(gm, example_inputs)
+            return lowered
+        if mode or inductor:
+            log.warning("%s, so the options 'mode' and 'inductor' are not taken", why)
+    why = _torch.why_not("inner")
+    if why is not None:
+        log.warning("%s, so the graph runs as it is, not through %r", why, inner)
+        return gm.forward
+    run: Lowered = _torch.lookup_backend(inner)(gm, list(example_inputs))
+    return run
 
 
 class LoweredWhenCalled:
@@ -57,7 +70,7 @@ class LoweredWhenCalled:
             if self._run is None:
                 assert self._gm is not None
                 # As Dynamo does while it compiles: the caller's random numbers stay the same.
-                with torch._dynamo.utils.preserve_rng_state():
+                with _torch.random_numbers_kept():
                     self._run = self._lowered(self._gm, inputs)
                 self._gm = None
             return self._run

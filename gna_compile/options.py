@@ -82,9 +82,9 @@ def _unknown(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(str(key), known, n=1)
     if near:
         return f"unknown option {key!r}; did you mean {near[0]!r}?"
-    from torch._inductor import config
+    from gna_compile import _torch
 
-    if str(key).replace("-", "_") in config.get_config_copy():
+    if str(key).replace("-", "_") in _torch.inductor_options():
         return (
             f"unknown option {key!r}; Inductor's options go under 'inductor': "
             f"options={{'policy': ..., 'inductor': {{{key!r}: ...}}}}"

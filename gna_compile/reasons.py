@@ -53,6 +53,10 @@ class Reason(str, Enum):
         "unbacked-size",
         "a size depends on data, so nothing can be decided about it when compiling",
     )
+    TORCH = (
+        "torch-version",
+        "this version of torch lacks a private name that is needed; `gna doctor` lists them",
+    )
     NO_RULE = "no-rule", "no rule of the policy matches this layer"
     RULE_DENSE = "rule-dense", "the first matching rule says dense"
     TOO_FEW_TOKENS = "too-few-tokens", "fewer tokens than the policy's `min_tokens`"

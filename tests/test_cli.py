@@ -89,6 +89,7 @@ def test_policies(folder: Path) -> None:
 def test_doctor() -> None:
     output = run("doctor")
     assert "backend 'gna' registered: yes" in output
+    assert "  prepare: ok (InstructionTranslator, current_tx, frame, install_guard" in output
     assert "provider portable on cpu: usable" in output
     assert "provider cpu on cpu: usable" in output
     assert "CPU kernel: " in output

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gna_compile import _torch
 from gna_compile.graph.tokens.position_ids import may_be_ids
 
 
@@ -70,10 +71,10 @@ def _locals() -> Mapping[str, Any]:
 
 
 def _translator() -> Any:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
+    if _torch.why_not("prepare"):
+        return None
     try:
-        return InstructionTranslator.current_tx()
+        return _torch.InstructionTranslator.current_tx()
     except AttributeError:  # called outside Dynamo
         return None
 
@@ -85,21 +86,16 @@ def guard_root_attribute(*names: str) -> None:
         names: attributes, each of the one before; the last one's value is a string, a tuple of
             ints or None.
     """
-    from torch._dynamo.guards import GuardBuilder, install_guard
-    from torch._dynamo.source import AttrSource, LocalSource
-
-    source: Any = LocalSource("self")
+    source: Any = _torch.LocalSource("self")
     for name in names:
-        source = AttrSource(source, name)
-    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+        source = _torch.AttrSource(source, name)
+    _torch.install_guard(source.make_guard(_torch.GuardBuilder.EQUALS_MATCH))
 
 
 def compilations_left() -> int | None:
     """How often this frame may still recompile before Dynamo runs it eagerly; None if unknown."""
-    from torch._dynamo import config
-    from torch._guards import CompileContext
-
-    compile_id = CompileContext.current_compile_id()
-    if compile_id is None or compile_id.frame_compile_id is None:
+    limit = _torch.recompile_limit()
+    compile_id = None if limit is None else _torch.CompileContext.current_compile_id()
+    if limit is None or compile_id is None or compile_id.frame_compile_id is None:
         return None
-    return config.recompile_limit - compile_id.frame_compile_id - 1
+    return limit - int(compile_id.frame_compile_id) - 1

@@ -10,9 +10,9 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import fx
 
+from gna_compile import _torch
 from gna_compile.graph.nodes import argument_of, tensor_of
 
 _IN_PLACE = frozenset(
@@ -70,12 +70,12 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
 def _written(node: fx.Node) -> Sequence[Any]:
     """What `written_by` says, in lists of arguments."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(target, (_torch.OpOverload, _torch.OpOverloadPacket)):
         return [
             node.kwargs.get("out"),
             *(argument_of(node, place, name) for place, name in _written_arguments(target)),
         ]
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, _torch.HigherOrderOperator):
         # Its bodies are operands too, but no tensors.
         operands = [item for item in node.all_input_nodes if tensor_of(item) is not None]
         return operands if _writes_operands(node, target) else ()
@@ -117,9 +117,9 @@ def _position_of_inplace(target: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def _writes_operands(node: fx.Node, target: torch._ops.HigherOrderOperator) -> bool:
+def _writes_operands(node: fx.Node, target: Any) -> bool:
     """Whether a higher-order operator changes its operands, or one of its bodies does."""
-    if "mutation" in target._name:  # a user's Triton kernel: any of its tensors
+    if "mutation" in target.__name__:  # a user's Triton kernel: any of its tensors
         return True
     owner = node.graph.owning_module
     for argument in node.all_input_nodes:
@@ -147,12 +147,12 @@ def _writes_inputs(graph: fx.Graph) -> bool:
 def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
     """Positions and names of the arguments that an operator, or an overload of it, writes to."""
     overloads = [target]
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, _torch.OpOverloadPacket):
         overloads = [getattr(target, name) for name in target.overloads()]
     written = {
         (sys.maxsize if argument.kwarg_only else position, argument.name): None
         for overload in overloads
-        for position, argument in enumerate(overload._schema.arguments)
+        for position, argument in enumerate(_torch.arguments(overload))
         if argument.alias_info is not None and argument.alias_info.is_write
     }
     return tuple(written)
@@ -166,7 +166,7 @@ def shares_memory(left: fx.Node, right: fx.Node) -> bool:
     if one is None or other is None or _changes_storage(left) or _changes_storage(right):
         return True
     try:
-        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        return bool(_torch.storage_key(one) == _torch.storage_key(other))
     except (NotImplementedError, RuntimeError):  # tensors without a storage: functorch, subclasses
         return True
 

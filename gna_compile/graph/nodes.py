@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from gna_compile import _torch
+
 
 def tensor_of(node: Any) -> torch.Tensor | None:
     """The (fake) tensor that `node` evaluates to, or None if it is no tensor or not recorded."""
@@ -84,10 +86,10 @@ def operator_name(node: fx.Node) -> str:
         name = str(node.target)
     elif node.op == "call_function":
         target = node.target
-        if isinstance(target, torch._ops.OpOverload):
+        if isinstance(target, _torch.OpOverload):
             target = target.overloadpacket
-        if isinstance(target, torch._ops.OpOverloadPacket):
-            namespace, _, aten = target._qualified_op_name.partition("::")
+        if isinstance(target, _torch.OpOverloadPacket):
+            namespace, _, aten = _torch.qualified_name(target).partition("::")
             name = aten if namespace == "aten" else ""
         elif (getattr(target, "__module__", None) or "").split(".")[0] in (
             "torch",

@@ -16,12 +16,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
 
+from gna_compile import _torch
 from gna_compile.graph.mutation import written_by
 from gna_compile.graph.sites.find import Site
-from gna_compile.graph.symbols import entry_of
+from gna_compile.graph.symbols import entry_of, hint
 from gna_compile.graph.tokens.layouts import Layout
 from gna_compile.policy import Parameters
 
@@ -149,7 +148,7 @@ def _key_mask(
     mask = parts[0] if len(parts) == 1 else build.function(torch.cat, parts, 1)
     if verify_masks:
         build.function(
-            torch.ops.aten._assert_async.msg,
+            _torch.assert_async,
             build.method("all", columns(prefix, site.tokens - prefix - suffix)),
             f"{site.layer or 'an attention layer'}: the policy says `key_mask: global_tokens`, "
             "but the mask hides tokens of the grid",
@@ -163,7 +162,7 @@ def _is_zero(size: Any) -> bool:
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
     """Dimensions of a tensor from outermost to innermost in memory."""
-    strides = [s if isinstance(s, int) else s.node.hint for s in tensor.stride()]
+    strides = [hint(s) for s in tensor.stride()]
     return sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim))
 
 
@@ -181,7 +180,7 @@ def erase_unused(node: fx.Node) -> None:
     pending = [node]
     while pending:
         candidate = pending.pop()
-        if candidate.users or candidate._erased or not _is_pure(candidate):
+        if candidate.users or _torch.is_erased(candidate) or not _is_pure(candidate):
             continue
         inputs = candidate.all_input_nodes
         candidate.graph.erase_node(candidate)
@@ -225,7 +224,7 @@ def evaluate(node: fx.Node, like: torch.Tensor) -> Any:
         return argument.meta["example_value"] if isinstance(argument, fx.Node) else argument
 
     args = fx.node.map_arg(node.args, value)
-    with like.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+    with _torch.fake_mode(like), torch.no_grad():
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:])
         return node.target(*args)  # type: ignore[operator]
@@ -252,7 +251,7 @@ class SizeNodes:
         """
         if isinstance(size, int):
             return size
-        expr = size.node.expr
+        expr = _torch.expression(size)
         if expr.is_Integer:
             return int(expr)
         if expr not in self._known:
@@ -261,8 +260,8 @@ class SizeNodes:
                     if symbol not in self._known:
                         self._known[symbol] = self._input(symbol)
                 before = set(self.graph.nodes)
-                self._known[expr] = sympy_interp(
-                    OptimizedPythonReferenceAnalysis, dict(self._known), expr
+                self._known[expr] = _torch.sympy_interp(
+                    _torch.ReferenceAnalysis, dict(self._known), expr
                 )
             for node in self.graph.nodes:
                 if node not in before:
@@ -329,11 +328,9 @@ def _copy_sources(
     Without it AOTAutograd takes parameters for inputs that change: CUDA graphs would copy all of
     them before every replay, and no guard would keep two inputs from being one tensor.
     """
-    if hasattr(gm, "_param_name_to_source"):
-        twin._param_name_to_source = gm._param_name_to_source
+    _torch.copy_sources(gm, twin)
     for old, new in node_in.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+        _torch.copy_sources(old, new)
 
 
 def _graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:

@@ -8,15 +8,17 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from gna_compile import _torch
 
 Size = int | torch.SymInt
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether the condition holds for all sizes that the graph serves; adds no guard."""
-    return statically_known_true(condition)
+    if isinstance(condition, bool):
+        return condition
+    return bool(_torch.statically_known_true(condition))
 
 
 def holds(condition: bool | torch.SymBool) -> bool:
@@ -26,14 +28,14 @@ def holds(condition: bool | torch.SymBool) -> bool:
     """
     if isinstance(condition, bool):
         return condition
-    if free_unbacked_symbols(condition):
-        return statically_known_true(condition)
+    if _torch.free_unbacked_symbols(condition):
+        return bool(_torch.statically_known_true(condition))
     return bool(condition)
 
 
 def hint(size: Size) -> int:
     """The size of the example input that a symbol stands for; for reports and choices, not graphs."""
-    return size if isinstance(size, int) else size.node.hint
+    return size if isinstance(size, int) else _torch.hint(size)
 
 
 def entry_of(
@@ -43,13 +45,13 @@ def entry_of(
     tensors = []
     for node in placeholders:
         value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+        if isinstance(value, torch.SymInt) and _torch.expression(value) == symbol:
             return node, None
         if isinstance(value, torch.Tensor):
             tensors.append((node, value))
     for node, tensor in tensors:
         for axis, length in enumerate(tensor.shape):
-            if isinstance(length, torch.SymInt) and length.node.expr == symbol:
+            if isinstance(length, torch.SymInt) and _torch.expression(length) == symbol:
                 return node, axis
     return None
 
@@ -59,7 +61,7 @@ def enters(size: Size, graph: fx.Graph) -> bool:
     if isinstance(size, int):
         return True
     placeholders = graph.find_nodes(op="placeholder")
-    return all(entry_of(symbol, placeholders) for symbol in size.node.expr.free_symbols)
+    return all(entry_of(symbol, placeholders) for symbol in _torch.expression(size).free_symbols)
 
 
 def same_shape(left: Any, right: Any) -> bool:
@@ -71,7 +73,8 @@ def same_shape(left: Any, right: Any) -> bool:
 
 def is_unbacked(value: torch.Tensor) -> bool:
     """Whether a size of the tensor depends on data."""
-    return bool(free_unbacked_symbols(value.shape))
+    symbols = [size for size in value.shape if not isinstance(size, int)]
+    return bool(symbols and _torch.free_unbacked_symbols(symbols))
 
 
 def number(argument: Any, *, pin: bool = True) -> float | None:
@@ -89,7 +92,7 @@ def number(argument: Any, *, pin: bool = True) -> float | None:
         return float(argument)
     if not isinstance(argument, torch.SymInt | torch.SymFloat):
         return None
-    expression = argument.node.expr
+    expression = _torch.expression(argument)
     if expression.is_number:
         return float(expression)
     if pin and isinstance(argument, torch.SymFloat) and _is_float_input(expression):
@@ -98,4 +101,6 @@ def number(argument: Any, *, pin: bool = True) -> float | None:
 
 
 def _is_float_input(expression: Any) -> bool:
-    return all(symbol_is_type(symbol, SymT.FLOAT) for symbol in expression.free_symbols)
+    return all(
+        _torch.symbol_is_type(symbol, _torch.SymT.FLOAT) for symbol in expression.free_symbols
+    )

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
 
+from gna_compile import _torch
 from gna_compile.ops import implementations
 from gna_compile.ops.schema import BACKWARD as _BACKWARD
 from gna_compile.ops.schema import FORWARD as _FORWARD
@@ -72,7 +71,7 @@ def _second_gradient(ctx: Any, *_: Any) -> Any:
     )
 
 
-class _Attention(torch.autograd.function._SingleLevelFunction):
+class _Attention(_torch.SingleLevelFunction):
     """How autograd sees the op. The last argument is the dispatch keys that called it."""
 
     @staticmethod
@@ -94,7 +93,7 @@ class _Attention(torch.autograd.function._SingleLevelFunction):
         return _forward_gradient(ctx, *tangents)
 
 
-class _Derivative(torch.autograd.function._SingleLevelFunction):
+class _Derivative(_torch.SingleLevelFunction):
     """How autograd sees the op's derivatives: as not differentiable. First argument: which."""
 
     @staticmethod
@@ -108,27 +107,27 @@ class _Derivative(torch.autograd.function._SingleLevelFunction):
 
 def _below_autograd(op: Any, keyset: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
     """Calls what lies below autograd: the real implementation, or the next functorch transform."""
-    below = keyset & torch._C._after_autograd_keyset
-    with torch._C._AutoDispatchBelowAutograd():
-        if not torch._C._are_functorch_transforms_active():
+    below = keyset & _torch.after_autograd_keyset
+    with _torch.AutoDispatchBelowAutograd():
+        if not _torch.are_functorch_transforms_active():
             return tuple(op.redispatch(below, *args))
         # An autograd function switches derivatives off, which would end the transforms around it.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        with torch.enable_grad(), _torch.set_forward_gradient_enabled(True):
             return tuple(op.redispatch(below, *args))
 
 
 # Where nothing else lies below autograd, a call of the implementation spares one through the
 # dispatcher, a sixth of a small call's time.
 _ONLY_DEVICES = (
-    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),
-    torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
+    _torch.DispatchKeySet(_torch.DispatchKey.CPU),
+    _torch.DispatchKeySet(_torch.DispatchKey.CUDA),
 )
 
 
 def _may_be_differentiated(args: Sequence[Any]) -> bool:
     """False only where an autograd function would do nothing but cost a sixth of a small call's time."""
     # Whether an operand has a tangent is not told from here, only whether one could have.
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if _torch.forward_gradient_level() >= 0 or _torch.are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(
         arg.requires_grad for arg in args if isinstance(arg, Tensor)
@@ -137,19 +136,19 @@ def _may_be_differentiated(args: Sequence[Any]) -> bool:
 
 def _apply(function: Any, *args: Any) -> Any:
     """Calls an autograd function from within a kernel, where one transform is at work at most."""
-    if not torch._C._are_functorch_transforms_active():
+    if not _torch.are_functorch_transforms_active():
         return function.apply(*args)
-    with enable_single_level_autograd_function():
+    with _torch.enable_single_level_autograd_function():
         return function.apply(*args)
 
 
 def attention(keyset: Any, *args: Any) -> Any:
     if not _may_be_differentiated(args[:3]):
-        if keyset & torch._C._after_autograd_keyset in _ONLY_DEVICES:
+        if keyset & _torch.after_autograd_keyset in _ONLY_DEVICES:
             return implementations.forward(*args)
         return _below_autograd(_FORWARD, keyset, args)
     # The dispatcher leaves out an argument that has its default.
-    defaults = ("",) if len(args) < len(_FORWARD._schema.arguments) else ()
+    defaults = ("",) if len(args) < len(_torch.arguments(_FORWARD)) else ()
     return _apply(_Attention, *args, *defaults, keyset)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from gna_compile import _torch
 from gna_compile.geometry import Neighborhood
 from gna_compile.ops.schema import BackwardCall, ForwardCall, Geometry
 
@@ -39,7 +40,7 @@ def _flops(call: ForwardCall | BackwardCall) -> int:
 def _number(size: Any) -> Any:
     """The hint of a symbol, without a guard, or the symbol itself if it has none."""
     if isinstance(size, torch.SymInt):
-        hint = size.node.hint
+        hint = _torch.hint(size)
         return size if hint is None else hint
     return size
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gna_compile import providers
+from gna_compile import _torch, providers
 from gna_compile.ops.checks import (
     check_geometry_if_known,
     check_layouts,
@@ -25,14 +25,14 @@ from gna_compile.providers.portable.tangents import write_tangents
 # Inside a provider there is neither autograd nor autocast: the op is one step for both, and the
 # backward must compute in its own types even when it is called within an autocast block.
 AUTOCAST_KEYS = {
-    "cpu": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
-    "cuda": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
+    "cpu": _torch.DispatchKeySet(_torch.DispatchKey.AutocastCPU),
+    "cuda": _torch.DispatchKeySet(_torch.DispatchKey.AutocastCUDA),
 }
 _ALL_AUTOCAST = AUTOCAST_KEYS["cpu"] | AUTOCAST_KEYS["cuda"]
 
 
 def _without_autocast() -> Any:
-    return torch._C._ExcludeDispatchKeyGuard(_ALL_AUTOCAST)
+    return _torch.ExcludeDispatchKeyGuard(_ALL_AUTOCAST)
 
 
 def forward(*args: Any) -> Forward:
@@ -40,7 +40,7 @@ def forward(*args: Any) -> Forward:
     problem, provider = _resolve(call.inputs, call.geometry, call.provider)
     results = _empty_results(call.inputs.query, call.output_order)
     if results.output.numel():
-        with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
+        with _torch.AutoDispatchBelowAutograd(), _without_autocast():
             provider.forward(problem, call.inputs, results)
     return results
 
@@ -53,7 +53,7 @@ def backward(*args: Any) -> Gradients:
     if not call.inputs.query.numel():
         # Without query heads there still are key heads, which nothing flows back to.
         return Gradients(gradients.query, gradients.key.zero_(), gradients.value.zero_())
-    with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
+    with _torch.AutoDispatchBelowAutograd(), _without_autocast():
         provider.backward(problem, call.inputs, call.forward, call.given, gradients)
     return gradients
 
@@ -65,7 +65,7 @@ def tangent(*args: Any) -> Forward:
     check_tangents(call.inputs, call.moving, call.logsumexp)
     tangents = _empty_results(call.inputs.query, call.output_order)
     if tangents.output.numel():
-        with torch._C._AutoDispatchBelowAutograd(), _without_autocast():
+        with _torch.AutoDispatchBelowAutograd(), _without_autocast():
             write_tangents(problem, call.inputs, call.moving, call.logsumexp, tangents)
     return tangents
 

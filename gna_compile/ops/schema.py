@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gna_compile import _torch
 from gna_compile.providers import Forward, Inputs, OutputGradients
+
+_torch.require("op")
 
 _GEOMETRY = (
     "SymInt[] grid, SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gna_compile import _torch
 from gna_compile.ops.implementations import AUTOCAST_KEYS
 from gna_compile.ops.schema import FORWARD
 
@@ -26,7 +27,7 @@ def autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
             )
             return tensor.to(dtype) if casts else tensor
 
-        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS[device]):
+        with _torch.ExcludeDispatchKeyGuard(AUTOCAST_KEYS[device]):
             result: tuple[Tensor, Tensor] = FORWARD(cast(query), cast(key), cast(value), *rest)
             return result
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from gna_compile import _torch
 from gna_compile.graph.symbols import Size, entry_of
 from gna_compile.graph.tokens.layouts import Layout, same_grid, times
 from gna_compile.graph.tokens.position_ids import SeenIds, same_content
@@ -80,7 +81,7 @@ def _found(size: Size, placeholders: Sequence[fx.Node]) -> int | Input:
     """The size, or where a symbolic one is to be found."""
     if isinstance(size, int):
         return size
-    found = entry_of(size.node.expr, placeholders)
+    found = entry_of(_torch.expression(size), placeholders)
     if found is None:
         raise KeyError(f"the size {size} does not enter this graph")
     node, axis = found

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from gna_compile import _torch
 from gna_compile.policy import DeclaredLayout, Policy, load_policy
 from gna_compile.prepared.declared_grids import IDS, Watch
 from gna_compile.prepared.packed_grid import Grid, PackedGrid, mark
@@ -110,6 +111,9 @@ def prepare(
     """
     policy = load_policy(policy)
     declared = _parse_layout(layout)
+    why = _torch.why_not("prepare")
+    if why is not None:
+        log.warning("%s: %s", why, _torch.FEATURES["prepare"])
     earlier = {m: m.__dict__[PACKED] for m in model.modules() if PACKED in m.__dict__}
     unprepare(model)
     grids = _declared_grids(policy, declared)
@@ -318,20 +322,21 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _warn_of_recompile_limit(model: nn.Module) -> None:
-    from torch._dynamo import config
-
+    limit = _torch.recompile_limit()
+    if limit is None:
+        return
     graphs: dict[type, set[tuple[str, ...]]] = defaultdict(set)
     for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
         for block in blocks:
             keys = tuple(m.__dict__[KEY] for m in block.modules() if stamp_of(m) is not None)
             graphs[type(block)].add(keys)
     for block_class, combinations in graphs.items():
-        if len(combinations) > config.recompile_limit:
+        if len(combinations) > limit:
             log.warning(
                 "%s has %d different combinations of rules, more than "
                 "torch._dynamo.config.recompile_limit = %d: compiled block by block, the rest "
                 "would silently run eagerly. Raise the limit, or compile the whole model.",
                 block_class.__name__,
                 len(combinations),
-                config.recompile_limit,
+                limit,
             )

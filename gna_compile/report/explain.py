@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gna_compile import _torch
 from gna_compile.backend import compile_graph
 from gna_compile.options import Options
 from gna_compile.policy import Policy, load_policy
@@ -104,8 +105,7 @@ def _records(
         compile_graph(gm, inputs, options, quiet=True)
         return dense.forward
 
-    limit = torch._dynamo.config.patch(recompile_limit=2**20)
-    with collecting() as records, torch.no_grad(), limit:
+    with collecting() as records, torch.no_grad(), _torch.without_recompile_limit():
         torch.compile(model, backend=backend)(*args, **kwargs)
     if not records:
         raise RuntimeError(

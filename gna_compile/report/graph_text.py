@@ -44,7 +44,7 @@ def _call(node: fx.Node) -> str:
     if node.op == "call_method":
         return f"{args[0]}.{node.target}({', '.join(args[1:])})"
     target = node.target
-    name = str(target) if isinstance(target, torch._ops.OpOverload) else None
+    name = str(target) if hasattr(target, "overloadpacket") else None
     return f"{name or getattr(target, '__name__', target)}({', '.join(args)})"
 
 

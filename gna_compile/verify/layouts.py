@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from gna_compile import _torch
 from gna_compile.graph.symbols import is_known
 from gna_compile.graph.tokens.layouts import Layout
 from gna_compile.lower import Lowered
@@ -117,8 +118,7 @@ def _is_same(one: Layout, other: Layout) -> bool:
 
 
 def _name_of_input(node: fx.Node) -> str:
-    source = getattr(getattr(node, "_dynamo_source", None), "name", "")
-    source = str(source() if callable(source) else source)
+    source = _torch.source_name(node)
     if _OWNED.search(source):
         return ""
     parts = re.findall(r"\w+", source)

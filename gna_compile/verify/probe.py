@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gna_compile import _torch
 from gna_compile.graph.mutation import shares_memory, written_by
 from gna_compile.graph.rewrite import SizeNodes, copy_with_sites, erase_unused, memory_order
 from gna_compile.graph.sites.find import Site
@@ -100,7 +101,7 @@ class Probe:
         before = getattr(_thread, "seen", None)
         _thread.seen = seen
         try:
-            with torch.no_grad(), torch._dynamo.utils.preserve_rng_state():
+            with torch.no_grad(), _torch.random_numbers_kept():
                 self._twin.forward(*copies)
         finally:
             _thread.seen = before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import logging
 import os
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -181,6 +183,19 @@ def test_dense_sites_beside_rewritten_ones_stay_as_they_were() -> None:
 def test_bad_options_teach(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionsError, match=message):
         gna(torch.fx.symbolic_trace(nn.Identity()), [], options=options)
+
+
+def test_what_later_versions_hand_to_every_backend_is_taken() -> None:
+    """`name` is from torch 2.15; a backend that raises on what it does not know ages badly."""
+    model, x = Net(), image()
+    options = {"policy": policy(), "inner": "eager"}
+    named = {"name": "net"} if "name" in inspect.signature(torch.compile).parameters else {}
+    out = torch.compile(model, backend="gna", options=options, **named)(x)  # type: ignore[call-overload]
+    torch._dynamo.reset()
+    later = partial(gna, options=options, name="net", not_yet_invented=True)
+    assert torch.equal(out, torch.compile(model, backend=later)(x))
+    with pytest.raises(OptionsError, match="unknown option 'name'"):
+        gna(torch.fx.symbolic_trace(nn.Identity()), [], options={"name": "net"}, name="net")
 
 
 def test_without_a_policy_it_warns_and_stays_dense(caplog: pytest.LogCaptureFixture) -> None:

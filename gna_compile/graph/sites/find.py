@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from gna_compile import _torch
 from gna_compile.graph.mutation import reshaped_in_place, shares_memory
 from gna_compile.graph.nodes import argument_of, operator_name, tensor_of
 from gna_compile.graph.sites.module_names import ModuleRef, modules_of, rebase
@@ -195,7 +195,7 @@ class _Search:
 
 def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     """The subgraphs that a higher-order operator is called with."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, _torch.HigherOrderOperator):
         return []
     bodies: list[fx.GraphModule] = []
     for argument in node.all_input_nodes:
@@ -211,7 +211,7 @@ def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
 
 def _body_obstacle(node: fx.Node) -> tuple[Reason, str] | None:
     """Why nothing in a higher-order operator's subgraphs may be rewritten, or None."""
-    name = getattr(node.target, "_name", "")
+    name = getattr(node.target, "__name__", "")
     if name in ("autograd_function_apply", "custom_function_call"):
         return (Reason.OPAQUE, "inside a torch.autograd.Function, which has a backward of its own")
     return None
@@ -400,7 +400,7 @@ def _unfit(
     """Why the op does not take operands of these kinds, sizes and dtypes, or None."""
     query, value = operands[0], operands[2]
     for tensor in (out, *operands):
-        if not isinstance(tensor, FakeTensor) or tensor.layout != torch.strided:
+        if not isinstance(tensor, _torch.FakeTensor) or tensor.layout != torch.strided:
             return (Reason.SHAPE, "not plain tensors (a tensor subclass, vmap or torch.func.grad)")
         if is_unbacked(tensor):
             return (Reason.UNBACKED, f"a size of {_sizes(tensor)} depends on data")

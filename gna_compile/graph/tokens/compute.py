@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from gna_compile import _torch
 from gna_compile.graph.nodes import tensor_of
 from gna_compile.graph.tokens.call import RULES, Call, Rule, Unruled, Value, rule
 from gna_compile.graph.tokens.cells import Tokens, elementwise, mixed, reduced
@@ -30,7 +31,7 @@ def rule_for(name: str) -> Rule | None:
 @cache
 def _is_pointwise(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None) if name else None
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, _torch.OpOverloadPacket):
         return False
     return any(
         torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+
+from gna_compile import _torch
 
 COLUMNS = (3, 4)  # t, h, w, and l (place in a sequence) in newer models
 
@@ -65,7 +66,7 @@ def runs_from_ids(ids: torch.Tensor) -> tuple[tuple[int, int], ...]:
     Returns:
         The images in order; () if any part of the tokens is no image of two or more tokens.
     """
-    unreadable = isinstance(ids, FakeTensor) or ids.is_meta
+    unreadable = isinstance(ids, _torch.FakeTensor) or ids.is_meta
     if unreadable or ids.ndim not in (2, 3) or not ids.numel() or ids.shape[-1] not in COLUMNS:
         return ()
     table = ids.detach().to("cpu", torch.float64)
@@ -134,7 +135,7 @@ class SeenIds:
 
     def runs(self, ids: torch.Tensor) -> tuple[tuple[int, int], ...]:
         """As `runs_from_ids`."""
-        if isinstance(ids, FakeTensor) or ids.is_meta:
+        if isinstance(ids, _torch.FakeTensor) or ids.is_meta:
             return ()
         seen = self._seen
         if seen is None or not same_content(seen[0], ids):

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from gna_compile import _torch
 from gna_compile.graph.symbols import Size
 
 _UNBACKED = 5  # what a data-dependent size is taken for; such sites are never rewritten
@@ -35,7 +36,7 @@ class Sizes:
         """
         if isinstance(size, int):
             return size
-        expression = size.node.expr
+        expression = _torch.expression(size)
         found = self._known.get(expression)
         if found is None:
             found = self._known[expression] = size, self._evaluated(size, expression)
@@ -55,7 +56,7 @@ class Sizes:
 
     def _evaluated(self, size: Any, expression: Any) -> int:
         if self._values is None:
-            hint = size.node.hint
+            hint = _torch.hint(size)
             return int(hint) if hint is not None else _UNBACKED
         value = expression.xreplace(
             {s: sympy.Integer(self._values.get(s, _UNBACKED)) for s in expression.free_symbols}
@@ -73,7 +74,7 @@ def symbolic_sizes(gm: fx.GraphModule) -> list[torch.SymInt]:
             continue
         for node in module.graph.nodes:
             for size in _sizes_in(node.meta.get("example_value")):
-                found.setdefault(size.node.expr, size)
+                found.setdefault(_torch.expression(size), size)
     return list(found.values())
 
 
@@ -97,9 +98,9 @@ def generic_point(sizes: Sequence[torch.SymInt]) -> Sizes:
     divisors: dict[sympy.Symbol, int] = {}
     hints: dict[sympy.Symbol, int] = {}
     for size in sizes:
-        expression = size.node.expr
+        expression = _torch.expression(size)
         if expression.is_Symbol:
-            hints[expression] = size.node.hint
+            hints[expression] = _torch.hint(size)
         numbers = [int(n) for n in expression.atoms(sympy.Integer) if 1 < abs(int(n)) <= 64]
         factor = math.lcm(*(abs(n) for n in numbers)) if expression.atoms(sympy.Function) else 1
         for symbol in expression.free_symbols:
@@ -125,8 +126,7 @@ def _dependent(
 ) -> dict[sympy.Symbol, Any]:
     """Symbols that guards hold equal to an expression of others, each after those it needs."""
     found: dict[sympy.Symbol, Any] = {}
-    environment = sizes[0].node.shape_env if sizes else None
-    for guard in getattr(environment, "guards", ()):
+    for guard in _torch.guards(sizes[0]) if sizes else ():
         if not isinstance(guard.expr, sympy.Eq):
             continue
         for symbol, expression in (guard.expr.args, reversed(guard.expr.args)):
@@ -141,7 +141,7 @@ def _dependent(
 def pin(sizes: Iterable[torch.SymInt]) -> None:
     """Holds symbols to their values: a guard makes Dynamo recompile for others."""
     for size in sizes:
-        if size.node.expr.is_Symbol and size.node.hint is not None:
+        if _torch.expression(size).is_Symbol and _torch.hint(size) is not None:
             int(size)
 
 
@@ -151,7 +151,7 @@ def matching(value: int, other: int, sizes: Iterable[torch.SymInt], generic: Siz
         return value
     best: torch.SymInt | None = None
     for size in sizes:
-        if size.node.hint == value:
+        if _torch.hint(size) == value:
             try:
                 fits = generic.of(size) == other
             except ValueError:
@@ -162,7 +162,7 @@ def matching(value: int, other: int, sizes: Iterable[torch.SymInt], generic: Siz
 
 
 def _length(size: torch.SymInt) -> int:
-    return len(str(size.node.expr))
+    return len(str(_torch.expression(size)))
 
 
 __all__ = ["Sizes", "generic_point", "matching", "pin", "symbolic_sizes"]

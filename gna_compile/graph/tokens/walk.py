@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from gna_compile import _torch
 from gna_compile.graph.mutation import written_by
 from gna_compile.graph.nodes import operator_name, tensor_of
 from gna_compile.graph.sites.unfused import match
@@ -186,7 +187,7 @@ class Walk:
     # --- one call ---
 
     def _call(self, gm: fx.GraphModule, node: fx.Node, known: Environment) -> Value:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, _torch.HigherOrderOperator):
             return self._checked(node, self._higher_order(gm, node, known), known)
         name = operator_name(node)
         if name == "getitem" and isinstance(node.args[0], fx.Node):
@@ -414,7 +415,7 @@ class Walk:
     ) -> None:
         """What a call that writes in place leaves of what is known."""
         targets = written_by(node)
-        if not targets and isinstance(node.target, torch._ops.HigherOrderOperator):
+        if not targets and isinstance(node.target, _torch.HigherOrderOperator):
             targets = _written_in_body(gm, node)
         name = operator_name(node)
         for target in targets:
@@ -494,10 +495,7 @@ _NO_MODULE: Any = None
 
 def _is_owned(node: fx.Node) -> bool:
     """Whether an input of a graph is a tensor of a module: a buffer, or an attribute."""
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    name = name() if callable(name) else name
-    return _OWNED.search(name) is not None
+    return _OWNED.search(_torch.source_name(node)) is not None
 
 
 def _storages(node: fx.Node) -> list[Any]:
@@ -508,7 +506,7 @@ def _storages(node: fx.Node) -> list[Any]:
     for item in items:
         if isinstance(item, torch.Tensor):
             try:
-                found.append(item.untyped_storage()._cdata)
+                found.append(_torch.storage_key(item))
             except (NotImplementedError, RuntimeError):  # functorch, subclasses: may be any
                 found.append(None)
     return list(dict.fromkeys(found))

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from gna_compile import _torch
 from gna_compile.planner import (
     Architecture,
     PlanError,
@@ -234,7 +235,7 @@ def _view(tensor: Tensor) -> TensorView:
 
 def _stream(device: int) -> int:
     """The current stream's address; as compiled code asks for it, ten times faster than the object."""
-    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    stream: int = _torch.raw_stream(device)
     return stream
 
 

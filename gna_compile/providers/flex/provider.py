@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from gna_compile import _torch
 from gna_compile.geometry import Neighborhood
 from gna_compile.providers.flex.tiles import TILE, lay_out
 from gna_compile.providers.problem import (
@@ -105,6 +106,9 @@ def unusable(dtype: torch.dtype, head_dim: int) -> str | None:
 def _unusable_on(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    why = _torch.why_not("flex")
+    if why is not None:
+        return why
     if torch.version.hip is not None:
         return None
     properties: Any = torch.cuda.get_device_properties(device)
@@ -187,11 +191,9 @@ def _kernel(step: _Step, mask: _Mask, scale: float, facts: tuple[_Facts, ...]) -
     def run(*arguments: Tensor) -> None:
         step(mask, scale, *arguments)
 
-    from torch._dynamo.convert_frame import compile_lock
-
     # Tracing keeps its state in globals. The lock is taken here, where it may already be held, and
     # not by the thread apart.
-    with compile_lock:
+    with _torch.compile_lock:
         return cast(_Step, _apart(lambda: _compile(run, facts), facts[0][0]))
 
 
@@ -209,18 +211,16 @@ def _apart(make: Callable[[], Any], device: torch.device) -> Any:
 
 
 def _compile(run: _Step, facts: Sequence[_Facts]) -> _Step:
-    from torch._inductor.compile_fx import compile_fx
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    with torch.no_grad(), FakeTensorMode():
+    with torch.no_grad(), _torch.FakeTensorMode():
         examples = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device)
             for device, dtype, shape, strides in facts
         ]
-        graph = make_fx(run)(*examples)
+        graph = _torch.make_fx(run)(*examples)
     with torch.no_grad():
-        compiled: Any = compile_fx(graph, examples, config_patches={"triton.cudagraphs": False})
+        compiled: Any = _torch.compile_fx(
+            graph, examples, config_patches={"triton.cudagraphs": False}
+        )
     return cast(_Step, compiled)
 
 
@@ -313,7 +313,7 @@ def _score_gradient(
 def _forward(mask: _Mask, scale: float, *arguments: Tensor) -> None:
     tiles = _Tiles(mask, arguments)
     query, key, value, output, logsumexp = arguments[mask.tables :]
-    out, lse, *_ = torch.ops.higher_order.flex_attention(
+    out, lse, *_ = _torch.flex_attention(
         tiles.read(query),
         tiles.read_keys(key),
         tiles.read_keys(value),
@@ -330,7 +330,7 @@ def _backward(mask: _Mask, scale: float, *arguments: Tensor) -> None:
     grad_logsumexp = None
     if len(targets) == 4:
         grad_logsumexp = tiles.read(targets.pop()) * _LOG2
-    *grads, _ = torch.ops.higher_order.flex_attention_backward(
+    *grads, _ = _torch.flex_attention_backward(
         tiles.read(query),
         tiles.read_keys(key),
         tiles.read_keys(value),

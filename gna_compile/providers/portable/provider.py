@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from gna_compile import _torch
 from gna_compile.providers.portable import exact
 from gna_compile.providers.portable.exact import accurate
 from gna_compile.providers.portable.tile_tensors import Scratch, Tile
@@ -103,8 +104,8 @@ class Portable:
 
 
 def _bounded(left: Tensor, right: Tensor | None = None, scale: float = 1.0) -> bool:
-    """Whether all inner products of rows are finite, on a device where asking costs little."""
-    if left.device.type != "cpu":
+    """Whether the fused way may be taken: on the CPU, if all inner products of rows are finite."""
+    if left.device.type != "cpu" or _torch.why_not("CPU flash attention"):
         return False
     bound = _largest(left)
     if right is not None:
@@ -121,7 +122,7 @@ def _attend(tile: Tile, scale: float, fused: bool) -> Forward:
     """Output [batch, kv_heads, rows, D] and logsumexp [batch, kv_heads, rows] of a tile."""
     if not fused:
         return exact.attend(tile, scale)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = _torch.cpu_flash_attention(
         _unit_stride(tile.query),
         _unit_stride(tile.key),
         _unit_stride(tile.value),
@@ -145,7 +146,7 @@ def _attend_backward(
     """
     if not fused:
         return exact.attend_backward(tile, forward, given, scale)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grads = _torch.cpu_flash_attention_backward(
         _unit_stride(given.output),
         _unit_stride(tile.query),
         _unit_stride(tile.key),
