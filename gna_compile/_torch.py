@@ -327,6 +327,11 @@ def fake_mode(tensor: Any) -> Any:
     return _attribute(tensor, "fake_mode", "fake_mode")
 
 
+def marked_dynamic(tensor: torch.Tensor) -> Sequence[int]:
+    """The dimensions that `torch._dynamo.mark_dynamic` was called for."""
+    return tuple(getattr(tensor, "_dynamo_dynamic_indices", ()))
+
+
 def is_erased(node: fx.Node) -> bool:
     """Whether a node was taken out of its graph."""
     return bool(_attribute(node, "_erased", "is_erased"))

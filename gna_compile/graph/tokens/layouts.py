@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from gna_compile import _torch
 from gna_compile.graph.nodes import tensor_of
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, hint, holds, is_known
@@ -166,7 +167,7 @@ class TokenFlow:
         """
         held = [] if known.is_general else [size for size in self._symbols if _is_symbol(size)]
         held += [size for size, _ in self._coincidences]
-        marked = self._marked & {s for size in held for s in size.node.expr.free_symbols}
+        marked = self._marked & {s for size in held for s in _torch.expression(size).free_symbols}
         if marked:
             names = ", ".join(sorted(map(str, marked)))
             return Refusal(
@@ -304,7 +305,7 @@ class _Following:
 
 
 def _is_symbol(size: torch.SymInt) -> bool:
-    return bool(size.node.expr.is_Symbol) and size.node.hint is not None
+    return bool(_torch.expression(size).is_Symbol) and _torch.hint(size) is not None
 
 
 def _marked_dynamic(gm: fx.GraphModule, inputs: Sequence[Any] | None) -> set[Any]:
@@ -314,9 +315,9 @@ def _marked_dynamic(gm: fx.GraphModule, inputs: Sequence[Any] | None) -> set[Any
     for node, value in zip(placeholders, inputs or (), strict=False):
         tensor = tensor_of(node)
         if tensor is not None and isinstance(value, torch.Tensor):
-            for dim in getattr(value, "_dynamo_dynamic_indices", ()):
+            for dim in _torch.marked_dynamic(value):
                 if isinstance(tensor.shape[dim], torch.SymInt):
-                    found |= tensor.shape[dim].node.expr.free_symbols
+                    found |= _torch.expression(tensor.shape[dim]).free_symbols
     return found
 
 
