@@ -95,7 +95,7 @@ def compile_graph(
     except _torch.Missing as missing:
         log.warning('%s, so backend="gna" leaves this graph dense', missing)
         plan = GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)
-    record = GraphRecord.start(gm, plan.decisions)
+    record = GraphRecord.start(gm, plan.decisions, plan.variant_of_phase)
     if not quiet:
         say(plan.decisions.values(), plan.policies, plan.root, plan.stamps)
     if not plan.is_rewritten:

@@ -1,4 +1,4 @@
-"""What the backend did, for the log and for whoever listens: `collecting()` gathers it."""
+"""What the backend did, for the log, for `GNA_DUMP` and for listeners: `collecting()` gathers it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from gna_compile.report import dump
 from gna_compile.report.rows import Row, row_of
 
 if TYPE_CHECKING:
@@ -28,28 +29,36 @@ class GraphRecord:
 
     Attributes:
         rows: one for each phase and site.
-        before: the graph as text, as Dynamo gave it; "" unless somebody listens.
+        before: the graph as text, as Dynamo gave it; "" unless a listener or `GNA_DUMP` wants it.
         after: the same for each variant that was lowered.
+        variant_of_phase: which of them each phase runs.
     """
 
     rows: list[Row]
     before: str = ""
     after: list[str] = field(default_factory=list)
+    variant_of_phase: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, gm: fx.GraphModule, decisions: dict[str, list[Decision]]) -> GraphRecord:
+    def start(
+        cls,
+        gm: fx.GraphModule,
+        decisions: dict[str, list[Decision]],
+        variant_of_phase: dict[str, int],
+    ) -> GraphRecord:
         rows = [row_of(phase, d) for phase, row in decisions.items() for d in row]
-        return cls(rows, _text(gm))
+        return cls(rows, _text(gm), variant_of_phase=variant_of_phase)
 
     def add_variant(self, gm: fx.GraphModule) -> None:
         self.after.append(_text(gm))
 
     def publish(self) -> None:
-        """Logs one line at info and each site at debug, and hands itself to the listener."""
+        """Logs one line at info and each site at debug; goes to `GNA_DUMP` and to the listener."""
         if self.rows:
             log.info("%s", summary(self.rows))
             for row in self.rows:
                 log.debug("%s", row)
+        dump.dump(self)
         records = _listener.get()
         if records is not None:
             records.append(self)
@@ -83,7 +92,7 @@ def _summary(rows: list[Row]) -> str:
 
 
 def _text(gm: fx.GraphModule) -> str:
-    if _listener.get() is None:
+    if _listener.get() is None and dump.folder() is None:
         return ""
     from gna_compile.report.graph_text import graph_text
 
