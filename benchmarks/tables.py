@@ -1,4 +1,4 @@
-"""Writes the tables of README.md: models from tests/golden, speeds from benchmarks/results.
+"""Writes the tables of README.md and docs: models from tests/golden, speeds from benchmarks/results.
 
 `make test` fails when a table is not current. After a change of decisions, and having looked at it:
 `UPDATE_GOLDEN=1 make test`, then `python benchmarks/tables.py`; after a benchmark the latter alone.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,47 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results() -> str:
+    """Eight results in short: models, a loop, the kernels of a GPU and of a CPU."""
+    rows = [["what", "on", "dense", "gna", "speedup", "bound"]]
+    chosen = {
+        "models": ("flux", "hunyuan-video", "wan", "cosmos"),
+        "denoising": ("hunyuan-video",),
+        "kernels": ("hunyuan-gna", "hunyuan-na"),
+    }
+    for benchmark, names in chosen.items():
+        for _, data in _of_gpus(benchmark):
+            gpu = data["environment"]["gpu"].removeprefix("NVIDIA ")
+            by_name = {row.get("model") or row["case"]: row for row in data["results"]}
+            rows += [_in_short(by_name[name], gpu) for name in names if name in by_name]
+    cpu = _results("cpu.json")
+    (best,) = (
+        row
+        for row in cpu["results"]["rows"]
+        if (row["case"], row["head_dim"], row["dtype"]) == ("64x64, window 13", 128, "fp32")
+    )
+    times = [f"{best[name]:.1f} ms" for name in ("dense", "ours")]
+    gain = f"**{best['dense'] / best['ours']:.1f}×**"
+    name = f"attention, {best['case']}, {best['dtype']}"
+    on = f"CPU, {cpu['environment']['threads']} threads"
+    return _table([*rows, [name, on, *times, gain, f"{best['tile_bound']:.1f}×"]])
+
+
+def _in_short(row: dict[str, Any], gpu: str) -> list[str]:
+    gain = row["speedups"]["ours"] if "case" in row else row["speedup"]
+    if "case" in row:
+        name = f"attention, case `{row['case']}`"
+        times = [f"{row['ms'][side]:.1f} ms" for side in ("cudnn", "ours")]
+    elif "steps" in row:
+        name = f"{row['model']}, a loop of {row['steps']} steps"
+        times = [f"{row[side]['seconds']:.1f} s" for side in ("dense", "gna")]
+    else:
+        name = f"{row['model']}, a step of {row['layers']} layers"
+        times = [f"{row[side]['ms']:.0f} ms" for side in ("dense", "gna")]
+    bound = f"{row['bound']:.2f}×" if "bound" in row else "–"
+    return [name, gpu, *times, f"**{gain:.2f}×**", bound]
 
 
 def models() -> str:
@@ -36,11 +78,11 @@ def models() -> str:
 
 
 def kernels() -> str:
-    """For each card the Hopper kernel beside its peers, then the plots."""
+    """For each GPU the Hopper kernel beside its peers, then the plots."""
     head = ["case", "FLOP bound", "cuDNN dense, ms", "ours, ms", "FlashAttention-2, dense"]
     head += ["FlexAttention", "ours", "of the bound", "useful TFLOP/s", "planner's error"]
     parts = []
-    for path, data in _of_cards("kernels"):
+    for path, data in _of_gpus("kernels"):
         rows, notes = [head], []
         for result in data["results"]:
             ms, gains = result["ms"], result["speedups"]
@@ -68,11 +110,11 @@ def kernels() -> str:
 
 
 def transformers() -> str:
-    """For each card whole transformers, dense and gna, then the plot."""
+    """For each GPU whole transformers, dense and gna, then the plot."""
     head = ["model", "tokens", "layers", "policy", "Inductor, ms", "gna, ms", "speedup", "bound"]
     head += ["of the bound", "attention's share", "cold compile, s", "peak, GiB"]
     parts = []
-    for path, data in _of_cards("models"):
+    for path, data in _of_gpus("models"):
         rows, notes = [head], []
         for _, variant in ((path, data), *_files(f"{path.stem}-*.json")):
             if _about(variant) != _about(data):
@@ -105,11 +147,11 @@ def _variant(result: dict[str, Any]) -> list[str]:
 
 
 def loops() -> str:
-    """For each card whole denoising loops."""
+    """For each GPU whole denoising loops."""
     head = ["model", "policy", "steps", "of them dense", "Inductor, s", "gna, s", "speedup"]
     head += ["the paper's whole runs, B200", "graphs compiled in the loop"]
     parts = []
-    for _, data in _of_cards("denoising"):
+    for _, data in _of_gpus("denoising"):
         rows = [head]
         for result in data["results"]:
             dense, gna = result["dense"], result["gna"]
@@ -123,10 +165,10 @@ def loops() -> str:
 
 
 def resolutions() -> str:
-    """For each card several sizes in one process, each first call and a later one."""
+    """For each GPU several sizes in one process, each first call and a later one."""
     head = ["model", "tokens", "graphs compiled", "first call, s", "a later call, ms", "speedup"]
     parts = []
-    for _, data in _of_cards("resolutions"):
+    for _, data in _of_gpus("resolutions"):
         rows = [head]
         calls = {(c["model"], *c["grid"], c["backend"]): c for c in data["results"]}
         for dense in data["results"]:
@@ -142,11 +184,11 @@ def resolutions() -> str:
 
 
 def training() -> str:
-    """For each card forward and backward of the op beside dense attention's."""
+    """For each GPU forward and backward of the op beside dense attention's."""
     columns = {"cudnn": "cuDNN dense, ms", "fa2": "FlashAttention-2 dense, ms"}
     columns |= {"flex": "FlexAttention, ms", "sm90": "ours, ms"}
     parts = []
-    for _, data in _of_cards("backward"):
+    for _, data in _of_gpus("backward"):
         rows = [["case", "FLOP bound", *columns.values(), "speedup"]]
         for result in data["results"]:
             ms, gain = result["ms"], result["speedups"].get("sm90")
@@ -161,7 +203,7 @@ def cpu() -> str:
     """Speedups of the CPU kernel over PyTorch's dense attention."""
     data = _results("cpu.json")
     about, results = data["environment"], data["results"]
-    head = ["case", "head size", "dtype", "tile bound", "forward", "with backward"]
+    head = ["case", "head_dim", "dtype", "tile bound", "forward", "with backward"]
     rows = [[*head, "FlexAttention", "portable"]]
     for row in results["rows"]:
         cells = [row["case"], str(row["head_dim"]), row["dtype"], f"{row['tile_bound']:.1f}×"]
@@ -186,28 +228,25 @@ def overhead() -> str:
     return _table(rows)
 
 
-TABLES = {
-    "models": models,
-    "kernels": kernels,
-    "transformers": transformers,
-    "loops": loops,
-    "resolutions": resolutions,
-    "training": training,
-    "cpu": cpu,
-    "overhead": overhead,
+PAGES = {
+    "README.md": (results,),
+    "docs/decisions.md": (models,),
+    "docs/benchmarks.md": (transformers, loops, resolutions, kernels, training, cpu, overhead),
 }
+"""The pages with tables, and their tables in order."""
 
 
-def with_tables(readme: str) -> str:
-    """The README with current tables between their marks."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- table: {name} -->", f"<!-- end of {name} -->"
-        before, _, rest = readme.partition(begin)
+def with_tables(page: str) -> str:
+    """The text of a page with current tables between their marks."""
+    text = (ROOT / page).read_text()
+    for table in PAGES[page]:
+        begin, end = f"<!-- table: {table.__name__} -->", f"<!-- end of {table.__name__} -->"
+        before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
-            raise ValueError(f"README.md has no {begin} ... {end}")
-        readme = f"{before}{begin}\n{table()}\n{end}{after}"
-    return readme
+            raise ValueError(f"{page} has no {begin} ... {end}")
+        text = f"{before}{begin}\n{table()}\n{end}{after}"
+    return text
 
 
 def _results(name: str) -> Any:
@@ -218,8 +257,8 @@ def _files(pattern: str) -> list[tuple[Path, Any]]:
     return [(path, _results(path.name)) for path in sorted(RESULTS.glob(pattern))]
 
 
-def _of_cards(benchmark: str) -> list[tuple[Path, Any]]:
-    """The files NAME-CARD.json, without the variants NAME-CARD-*.json."""
+def _of_gpus(benchmark: str) -> list[tuple[Path, Any]]:
+    """The files NAME-GPU.json, without the variants NAME-GPU-*.json."""
     return [
         (path, data)
         for path, data in _files(f"{benchmark}-*.json")
@@ -253,7 +292,7 @@ def _kept(results: list[Any], key: str) -> list[str]:
 def _images(path: Path, *plots: tuple[str, str]) -> list[str]:
     """The plots that were drawn of a result file: (what follows its name, title)."""
     return [
-        f"![{title}]({image.relative_to(ROOT)})"
+        f"![{title}]({os.path.relpath(image, ROOT / 'docs')})"
         for suffix, title in plots
         if (image := path.with_suffix(f"{suffix}.svg")).is_file()
     ]
@@ -271,5 +310,5 @@ def _table(rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(with_tables(page))

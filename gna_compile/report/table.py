@@ -16,7 +16,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     phases = list(dict.fromkeys(row.phase for row in rows))
     table = Table(box=HORIZONTALS, show_edge=False, header_style="bold")
     table.add_column("layer", overflow="fold")
-    table.add_column("heads x tokens\nx head size", no_wrap=True)
+    table.add_column("heads x tokens\nx head_dim", no_wrap=True)
     table.add_column("layout\nand source", no_wrap=True)
     table.add_column("becomes", no_wrap=True)
     table.add_column("FLOPs\nkept", justify="right", no_wrap=True)

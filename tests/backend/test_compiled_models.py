@@ -18,7 +18,7 @@ from models import MODELS, OLD_TORCH, TRUE_LAYOUTS, Built, build, inputs_for, ma
 from torch._dynamo.backends.registry import lookup_backend
 
 import gna_compile
-from benchmarks.tables import with_tables
+from benchmarks.tables import PAGES, ROOT, with_tables
 from gna_compile.backend import gna
 from gna_compile.report.explain import Explanation
 
@@ -69,9 +69,9 @@ def test_decisions(name: str) -> None:
     golden(f"{name}.decisions.txt", title + table_text(explanation))
 
 
-def test_the_readmes_tables_are_current() -> None:
-    readme = (GOLDEN.parent.parent / "README.md").read_text()
-    assert with_tables(readme) == readme, "run benchmarks/tables.py"
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_of_readme_and_docs_are_current(page: str) -> None:
+    assert with_tables(page) == (ROOT / page).read_text(), "run benchmarks/tables.py"
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -282,7 +282,7 @@ def test_earlier_results_are_kept_only_if_they_compare(
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder where the README's tables look for results."""
+    """An empty folder where the tables of README and docs look for results."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     return tmp_path
@@ -293,7 +293,7 @@ def write(path: Path, rows: Any, commit: str = "0123456789") -> None:
     path.write_text(json.dumps({"environment": environment, "results": rows}))
 
 
-def test_the_readmes_table_of_kernels(results: Path) -> None:
+def test_the_docs_table_of_kernels(results: Path) -> None:
     rows = [asdict(result) for result in canned()]
     rows[0]["ms"]["cudnn-masked"] = 404.4
     write(results / "kernels-h200.json", rows)
@@ -309,10 +309,10 @@ def test_the_readmes_table_of_kernels(results: Path) -> None:
     assert first.startswith("| hunyuan-text | 10.79× | 270.0 | 30.00 | **9.00×** | 83% | 506 | -")
     assert "cuDNN takes 404 ms on `hunyuan-text`" in notes[0]
     assert notes[1] == "`flex` did not run on `hunyuan-text`: OutOfMemoryError: too much"
-    assert notes[-1] == "![Useful TFLOP/s](kernels-h200.svg)"
+    assert notes[-1] == "![Useful TFLOP/s](../kernels-h200.svg)"
 
 
-def test_the_readmes_table_of_transformers(results: Path) -> None:
+def test_the_docs_table_of_transformers(results: Path) -> None:
     side = {"ms": 10.4, "attention_share": 0.75, "cold_s": 16.4, "peak_gib": 4.25}
     row = {"model": "wan", "grid": [21, 45, 80], "text": 512, "layers": 3, "policy": "wan2.1-720p"}
     row |= {"batch": 1, "dtype": "bf16", "regional": False, "mode": None}
@@ -329,7 +329,7 @@ def test_the_readmes_table_of_transformers(results: Path) -> None:
     assert table.splitlines()[2:] == rows
 
 
-def test_the_readmes_tables_of_loops_and_training(results: Path) -> None:
+def test_the_docs_tables_of_loops_and_training(results: Path) -> None:
     assert tables.loops() == tables.training() == tables.resolutions() == ""
     gna = {"seconds": 20.0, "steps": {"warmup": 9, "default": 19}, "compiled again": {}}
     row = {"model": "flux", "layers": 2, "policy": "flux-4k", "steps": 28, "paper": 1.45}

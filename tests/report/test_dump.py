@@ -49,7 +49,12 @@ def names(folder: Path) -> list[str]:
 def test_a_graph_gets_its_decisions_and_what_the_rewrite_changed(folder: Path) -> None:
     run(policy())
     assert names(folder) == ["0000"]
-    assert names(folder / "0000") == ["after-0.txt", "before.txt", "change-0.diff", "decisions.json"]
+    assert names(folder / "0000") == [
+        "after-0.txt",
+        "before.txt",
+        "change-0.diff",
+        "decisions.json",
+    ]
     decisions = json.loads((folder / "0000" / "decisions.json").read_text())
     assert decisions["process"] == os.getpid()
     assert decisions["variant_of_phase"] == {"default": 0}
