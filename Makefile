@@ -38,7 +38,7 @@ demo: $(VENV)/.demo compiler
 test: $(VENV)/.test compiler
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The CUDA kernels' PTX, executed on the CPU: many problems, and every planted bug. Needs nvcc.
+# The CUDA kernels' PTX, executed on the CPU: many problems, and every mutant. Needs nvcc.
 prove: $(VENV)/.test compiler
 	GNA_PROVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ptx $(PYTEST_ARGS)
 

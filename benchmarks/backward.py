@@ -3,7 +3,7 @@
     python -m benchmarks backward                           # a few cases of `benchmarks kernels`
     python -m benchmarks backward flux4k-na --limit 60      # any of them
 
-Whole op with autograd, bf16, batch 1. Contestants are dense attention by cuDNN and FlashAttention-2,
+Whole op with autograd, bf16, batch 1. Candidates are dense attention by cuDNN and FlashAttention-2,
 and providers of the op, by their names; they take turns. One that needs longer than `--limit` for a
 step is left out, as the portable provider is on large cases.
 """
@@ -26,7 +26,7 @@ from benchmarks import record, timing
 from benchmarks.kernels import CASES, Case, dense
 
 TYPICAL = ("1d-32k", "flux4k-gna", "flux4k-na", "cosmos-56-gna", "hunyuan-gna", "hunyuan-text")
-CONTESTANTS = "fa2,flex,cudnn,sm90"
+CANDIDATES = "fa2,flex,cudnn,sm90"
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Result:
 
     Attributes:
         bound: dense attention's FLOPs over those of the visible pairs.
-        ms: median milliseconds of forward and backward, by contestant.
+        ms: median milliseconds of forward and backward, by candidate.
         speedups: over cuDNN, the medians of the ratios turn by turn.
-        failed: why a contestant did not take part.
+        failed: why a candidate did not take part.
     """
 
     case: str
@@ -51,9 +51,9 @@ def main(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[CASE]...", help="Which cases.")
     ] = None,
-    contestants: Annotated[
+    candidates: Annotated[
         str, typer.Option(help="cudnn, fa2 (dense) and names of providers.")
-    ] = CONTESTANTS,
+    ] = CANDIDATES,
     repeats: Annotated[int, typer.Option(help="Turns of each.")] = 7,
     limit: Annotated[float, typer.Option(help="Seconds that a step may take.")] = 2.0,
 ) -> None:
@@ -67,17 +67,17 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 150)
     results: list[Result] = []
     for name in names or TYPICAL:
-        steps = training_steps(CASES[name], contestants.split(","), "cuda")
+        steps = training_steps(CASES[name], candidates.split(","), "cuda")
         results.append(measure(name, steps, repeats, limit, "cuda"))
         console.print(f"{name}: {results[-1].ms} {results[-1].failed or ''}", highlight=False)
         rows = [asdict(result) for result in results]
-        path = record.update(f"backward-{record.card()}", "case", rows, CASES)
+        path = record.update(f"backward-{record.gpu()}", "case", rows, CASES)
     console.print(table(results))
     console.print(f"written to {path}")
 
 
 def training_steps(
-    case: Case, contestants: list[str], device: str
+    case: Case, candidates: list[str], device: str
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Forward and backward of each, on the same inputs."""
     inputs = case.inputs(device, requires_grad=True)
@@ -93,7 +93,7 @@ def training_steps(
             if name in ("cudnn", "fa2")
             else case.attention(inputs, name),
         )
-        for name in contestants
+        for name in candidates
     }
 
 
@@ -108,11 +108,11 @@ def measure(
     grads, failed = timing.first_calls(steps)
     able = {name: step for name, step in steps.items() if name in grads}
     grads.clear()
-    for contestant, step in list(able.items()):
+    for candidate, step in list(able.items()):
         seconds = 1e-3 * clock(step, 0, 1)
         if seconds > limit:
-            failed[contestant] = f"a step takes {seconds:.1f} s"
-            del able[contestant]
+            failed[candidate] = f"a step takes {seconds:.1f} s"
+            del able[candidate]
     times = timing.take_turns(able, repeats, clock)
     ratios = timing.medians(timing.speedups(times, over="cudnn"))
     return Result(name, CASES[name].bound, timing.medians(times), ratios, failed)

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ROWS, KEYS = 128, 128  # of a half, of a key tile
 UNITS, CLOCK = ARCHITECTURES["sm100"].units, 1.85  # GHz: a B200's boost clock is 1.85 to 1.97
-FLOPS = ARCHITECTURES["sm100"].flops  # per clock and multiprocessor
-SHARED_BYTES = 128  # per clock and multiprocessor
-QUARTERS = 4  # of a multiprocessor, each with a warp of either half
+FLOPS = ARCHITECTURES["sm100"].flops  # per clock and SM
+SHARED_BYTES = 128  # per clock and SM
+QUARTERS = 4  # of an SM, each with a warp of either half
 
 # Cycles of a quarter for an instruction of a warp, by its pipe: throughputs of CUDA's programming guide.
 EXPONENTIAL, FMA, FMA_PAIR, ALU = 8, 1, 2, 2
@@ -69,7 +69,7 @@ class Step(NamedTuple):
     boundary: Counter[str]
 
     def cycles(self, pipe: str) -> int:
-        """Of a quarter, for both halves' warps, on an interior tile."""
+        """Of a quarter, for both halves' warps, on a full block."""
         return 2 * sum(
             count * PIPES.get(name, ALU)
             for name, count in self.interior.items()
@@ -150,15 +150,15 @@ def _name(line: str) -> str:
 
 
 class Costs(NamedTuple):
-    """Cycles of a multiprocessor for a key tile, both halves using it."""
+    """Cycles of an SM for a key tile, both halves using it."""
 
     matrix: float
     exponentials: float
     fma: float
     issue: float
     shared: float
-    chain: float  # a half's products and its softmax, one after the other
-    mask: float  # on top, on a boundary tile
+    chain: float  # a half's MMAs and its softmax, one after the other
+    mask: float  # on top, on a partial block
 
     @property
     def period(self) -> float:
@@ -168,11 +168,11 @@ class Costs(NamedTuple):
 def costs_of(head_dim: int, step: Step) -> Costs:
     product = 2 * ROWS * KEYS * head_dim / FLOPS
     tile_bytes = KEYS * head_dim * 2
-    # Both factors of the scores and the values are read by either half; keys and values are written.
+    # Either half reads both factors of S, and V; keys and values are written.
     shared = (2 * 3 * tile_bytes + 2 * tile_bytes) / SHARED_BYTES
     alone = max(step.cycles("exponentials"), step.cycles("FMA"), 2 * step.interior.total()) / 2
     largest = step.interior["FMNMX3"] * ALU
-    # The output's product starts after three quarters of the weights.
+    # P·V starts after three quarters of P.
     chain = 2 * product + largest + alone * 3 / 4 + HOPS
     masked = step.boundary - step.interior
     return Costs(
@@ -196,7 +196,7 @@ def milliseconds(cut: Plan, costs: Costs) -> float:
 
 def main() -> None:
     costs = {}
-    print("| per key tile, both halves, cycles | head size 64 | head size 128 |\n|---|---|---|")
+    print("| per key tile, both halves, cycles | head_dim 64 | head_dim 128 |\n|---|---|---|")
     steps = {head_dim: step_of(head_dim) for head_dim in (64, 128)}
     for head_dim, step in steps.items():
         costs[head_dim] = costs_of(head_dim, step)
@@ -211,9 +211,7 @@ def main() -> None:
     peak = FLOPS * UNITS * CLOCK * 1e-3
     dense = costs[128].matrix / costs[128].period * peak
     share = BEST_DENSE / dense
-    print(
-        f"\ndense, head size 128: {dense:.0f} TFLOP/s; FlashAttention-4 has {share:.2f} of that\n"
-    )
+    print(f"\ndense, head_dim 128: {dense:.0f} TFLOP/s; FlashAttention-4 has {share:.2f} of that\n")
     speedups: dict[str, float] = {}
     heads = (
         "case",

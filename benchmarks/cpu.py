@@ -1,6 +1,6 @@
 """The CPU kernel against PyTorch's dense attention, the portable provider and FlexAttention.
 
-All contestants of a case take turns in one process, round after round, and the median of each
+Runs of all candidates of a case are interleaved in one process, and the median of each
 counts; so a change of clock or of load hits all of them. Speedups are over dense attention.
 
 - *flop bound*: dense FLOPs over the FLOPs that the mask needs: no kernel that computes whole rows
@@ -60,7 +60,7 @@ CASES = [
 
 @dataclass
 class Row:
-    """One case measured; milliseconds, None where a contestant cannot run."""
+    """One case measured; milliseconds, None where a candidate cannot run."""
 
     case: str
     head_dim: int
@@ -77,7 +77,7 @@ class Row:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="How often each contestant runs.")] = 7,
+    rounds: Annotated[int, typer.Option(help="How often each candidate runs.")] = 7,
     heads: Annotated[int, typer.Option(help="Attention heads, batch 1.")] = 2,
     threads: Annotated[int, typer.Option(help="Threads; 0 for PyTorch's own choice.")] = 0,
     flex: Annotated[bool, typer.Option(help="Whether FlexAttention takes part.")] = True,
@@ -125,7 +125,7 @@ def measure(
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
         return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)
 
-    contestants = {
+    candidates = {
         "dense": inference(SDPA),
         "portable": inference(ours("portable")),
         "ours": inference(ours("cpu")),
@@ -134,10 +134,10 @@ def measure(
         "ours_training": training(ours("cpu")),
     }
     if with_flex:
-        run = flex_contestant(neighborhood, query, key, value)
+        run = flex_candidate(neighborhood, query, key, value)
         if run is not None:
-            contestants["flex"] = run
-    medians = take_turns(contestants, rounds)
+            candidates["flex"] = run
+    medians = take_turns(candidates, rounds)
     boxes = tiles.choose_boxes(neighborhood.merged)
     tile_pairs = tiles.pairs(neighborhood.merged, boxes)
     return Row(
@@ -150,11 +150,11 @@ def measure(
     )
 
 
-def take_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median milliseconds of each; one round before the first warms up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(rounds + 1):
-        for name, run in contestants.items():
+        for name, run in candidates.items():
             start = time.perf_counter()
             run()
             if index:
@@ -162,7 +162,7 @@ def take_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def flex_contestant(
+def flex_candidate(
     neighborhood: Neighborhood, query: Tensor, key: Tensor, value: Tensor
 ) -> Callable[[], Any] | None:
     """FlexAttention, compiled, with the same mask; None where it does not run."""
@@ -224,7 +224,7 @@ def summary(row: Row) -> str:
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     columns = [
         "case",
-        "head size",
+        "head_dim",
         "dtype",
         "dense, ms",
         "ours, ms",

@@ -157,7 +157,7 @@ def main(
         results.append(measure(name, steps or RECIPES[name].steps, layers, tiny))
         console.print(text(results[-1]), highlight=False)
         if not tiny:
-            record.update(f"denoising-{record.card()}", "model", results, RECIPES)
+            record.update(f"denoising-{record.gpu()}", "model", results, RECIPES)
 
 
 def measure(name: str, steps: int, layers: int, tiny: bool) -> dict[str, Any]:

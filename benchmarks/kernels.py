@@ -43,7 +43,7 @@ class Case:
     """A problem of `gna simulate`, and how much faster than cuDNN we mean to be.
 
     Args:
-        problem: geometry, heads and head size.
+        problem: geometry, heads and head_dim.
         goal: speedup over cuDNN's dense attention; None where it is a share of the FLOP bound.
         share: goal as a share of the FLOP bound.
         shown: of the global tokens, how many the key mask leaves visible; None for no mask.
@@ -138,8 +138,8 @@ class Result:
     """One case measured.
 
     Attributes:
-        ms: median milliseconds of each contestant, `OURS` among them.
-        failed: why a contestant did not run.
+        ms: median milliseconds of each candidate, `OURS` among them.
+        failed: why a candidate did not run.
         speedups: of each over cuDNN, the medians of the ratios turn by turn.
         ratios: those of `OURS`.
         goal: the speedup that `OURS` is meant to reach.
@@ -173,7 +173,7 @@ def main(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[CASE]...", help="Which cases; all if none.")
     ] = None,
-    peers: Annotated[str, typer.Option(help="Who runs beside ours.")] = ",".join(PEERS),
+    peers: Annotated[str, typer.Option(help="Baselines beside ours.")] = ",".join(PEERS),
     repeats: Annotated[int, typer.Option(help="Turns of each.")] = 7,
     provider: Annotated[
         str, typer.Option(help="Which kernel is ours; this GPU's native one if none.")
@@ -197,7 +197,7 @@ def main(
         console.print(summary(results[-1]), highlight=False)
         # After every case, so that a run that is cut off leaves what it has.
         rows = [asdict(result) for result in results]
-        path = record.update(f"kernels-{record.card()}", "case", rows, CASES)
+        path = record.update(f"kernels-{record.gpu()}", "case", rows, CASES)
     console.print(table(results))
     console.print(f"written to {path}")
     plots.draw(path)
@@ -206,9 +206,9 @@ def main(
 def measure(
     name: str, case: Case, peers: list[str], repeats: int, provider: str, device: str
 ) -> Result:
-    """Times one case. A contestant that fails is left out, with the reason."""
+    """Times one case. A candidate that fails is left out, with the reason."""
     result = Result(name, case.target, case.bound, case.flops)
-    runs = contestants(case, peers, provider, device)
+    runs = candidates(case, peers, provider, device)
     outputs, result.failed = timing.first_calls(runs)
     if OURS in outputs and "flex" in outputs:
         result.difference = (outputs[OURS] - outputs["flex"]).abs().max().item()
@@ -227,7 +227,7 @@ def measure(
     return result
 
 
-def contestants(
+def candidates(
     case: Case, peers: list[str], provider: str, device: str
 ) -> dict[str, Callable[[], Tensor]]:
     """What takes turns; cuDNN and ours, which are compared, come last."""

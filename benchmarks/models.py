@@ -230,7 +230,9 @@ def main(
     repeats: Annotated[int, typer.Option(help="Pairs of steps.")] = 5,
     batch: Annotated[int, typer.Option(help="Samples in a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    regional: Annotated[bool, typer.Option(help="Compile block by block, prepared.")] = False,
+    regional: Annotated[
+        bool, typer.Option(help="Regional compilation (block by block), prepared.")
+    ] = False,
     mode: Annotated[str | None, typer.Option(help="Inductor's mode, of both.")] = None,
     tiny: Annotated[bool, typer.Option(help="Narrow models, small grids, on the CPU.")] = False,
 ) -> None:
@@ -257,7 +259,7 @@ def main(
         console.print(summary(results[-1]), highlight=False)
         if not tiny:
             # After every model, so that a run that is cut off leaves what it has.
-            file = f"models-{record.card()}{variant}"
+            file = f"models-{record.gpu()}{variant}"
             path = record.update(file, "model", [asdict(result) for result in results], CASES)
     if not tiny:
         console.print(f"written to {path}")
@@ -443,7 +445,7 @@ def timed(run: Callable[[], Tensor], device: str) -> tuple[Tensor, float]:
 def take_turns(
     runs: dict[str, Callable[[], Tensor]], sides: dict[str, Side], repeats: int, device: str
 ) -> list[float]:
-    """Ratios of neighbouring steps, dense over gna; fills in the medians of the steps."""
+    """Ratios of neighboring steps, dense over gna; fills in the medians of the steps."""
     times: dict[str, list[float]] = defaultdict(list)
     for turn in range(repeats):
         for backend in list(runs)[:: 1 if turn % 2 else -1]:

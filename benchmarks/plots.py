@@ -71,7 +71,7 @@ def _title(environment: dict[str, Any]) -> str:
 
 
 def rates(pyplot: Any, results: list[dict[str, Any]], title: str) -> Any:
-    """Useful TFLOP/s of every contestant, case by case."""
+    """Useful TFLOP/s of every candidate, case by case."""
     figure, axes = pyplot.subplots(figsize=(9, 0.52 * len(results) + 1.6))
     for index, (peer, label) in enumerate(_LABELS.items()):
         values = [result["tflops"].get(peer, 0) for result in results]

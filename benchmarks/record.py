@@ -46,7 +46,7 @@ def update(name: str, key: str, results: list[dict[str, Any]], order: Iterable[s
     return save(name, sorted(results, key=lambda row: places.index(row[key])))
 
 
-def card() -> str:
+def gpu() -> str:
     """Short name of the GPU as file names have it, such as "h200" or "rtx4090"; no dash in it."""
     name = torch.cuda.get_device_name()
     model = re.search(r"(RTX )?[A-Z]*\d\w*", name)

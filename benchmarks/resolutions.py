@@ -90,7 +90,7 @@ def main(
         console.print(table([call for call in calls if call.model == name]))
         if not tiny:
             rows = [asdict(call) for call in calls]
-            record.update(f"resolutions-{record.card()}", "model", rows, CASES)
+            record.update(f"resolutions-{record.gpu()}", "model", rows, CASES)
 
 
 def measure(name: str, backend: str, layers: int, dtype: str, tiny: bool) -> list[Call]:

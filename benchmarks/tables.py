@@ -78,7 +78,7 @@ def models() -> str:
 
 
 def kernels() -> str:
-    """For each GPU the Hopper kernel beside its peers, then the plots."""
+    """For each GPU the Hopper kernel beside its baselines, then the plots."""
     head = ["case", "FLOP bound", "cuDNN dense, ms", "ours, ms", "FlashAttention-2, dense"]
     head += ["FlexAttention", "ours", "of the bound", "useful TFLOP/s", "planner's error"]
     parts = []
@@ -281,7 +281,7 @@ def _about(data: Any) -> str:
 
 
 def _kept(results: list[Any], key: str) -> list[str]:
-    """Tells of the rows that are of an earlier commit than their file."""
+    """Names the rows that are of an earlier commit than their file."""
     commits: dict[str, dict[str, None]] = {}
     for row in results:
         if "commit" in row:
@@ -299,7 +299,7 @@ def _images(path: Path, *plots: tuple[str, str]) -> list[str]:
 
 
 def _told(rows: list[list[str]]) -> list[list[str]]:
-    """Without the columns that say nothing."""
+    """Without empty columns."""
     told = [i for i in range(len(rows[0])) if any(row[i] != "–" for row in rows[1:])]
     return [[row[i] for i in told] for row in rows]
 

@@ -1,4 +1,4 @@
-"""How contestants are timed: each runs once to see whether it can, then they take turns."""
+"""How candidates are timed: each runs once to see whether it can, then their runs are interleaved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Run = Callable[[], object]
 Clock = Callable[[Run, int, int], float]
 
 _SHORTEST = 20.0  # milliseconds that one turn takes at least; short calls are repeated within it
-_SETTLING = 100.0  # and that its contestant runs right before, uncounted
+_SETTLING = 100.0  # and that its candidate runs right before, uncounted
 
 
 def first_calls(runs: dict[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, str]]:
@@ -37,7 +37,7 @@ def first_calls(runs: dict[str, Callable[[], T]]) -> tuple[dict[str, T], dict[st
 
 
 def clock(device: str) -> Clock:
-    """A function of a run, how often to call it first, and how often then: milliseconds of a latter call."""
+    """A function (run, uncounted calls, counted calls) -> mean milliseconds of a counted call."""
     return _on_cuda if device == "cuda" else _on_cpu
 
 
@@ -45,7 +45,7 @@ def _on_cuda(run: Run, before: int, calls: int) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(before):
         run()
-    start.record()  # with the queue full, so that no launch is waited for
+    start.record()  # with the queue full, so that no launch adds a gap
     for _ in range(calls):
         run()
     stop.record()
@@ -63,11 +63,11 @@ def _on_cpu(run: Run, before: int, calls: int) -> float:
 
 
 def take_turns(runs: Mapping[str, Run], repeats: int, measure: Clock) -> dict[str, list[float]]:
-    """Milliseconds a call of each, turn by turn.
+    """Milliseconds a call of each, in interleaved runs.
 
-    A card's clock follows its load and heat. So a turn begins with calls that are not counted, until
-    the clock is the contestant's own and not that of who ran before, and the last two contestants
-    swap places from turn to turn.
+    A GPU's clock follows its load and heat. So a run begins with calls that are not counted, until
+    the clock is the candidate's and not that of the candidate before, and the last two candidates
+    swap places from round to round.
     """
     once = {name: measure(run, 0, 1) for name, run in runs.items()}
     calls, settling = (
@@ -83,7 +83,7 @@ def take_turns(runs: Mapping[str, Run], repeats: int, measure: Clock) -> dict[st
 
 
 def speedups(times: dict[str, list[float]], over: str) -> dict[str, list[float]]:
-    """Ratios of the turns of `over` to those of each other contestant; empty if it did not run."""
+    """Ratios of the turns of `over` to those of each other candidate; empty if it did not run."""
     if over not in times:
         return {}
     return {

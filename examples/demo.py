@@ -1,6 +1,6 @@
-"""A diffusers video transformer, dense and with neighbourhood attention: one line is the difference.
+"""A diffusers video transformer, dense and with neighborhood attention: one line is the difference.
 
-Wan's transformer with two layers and random weights, Wan's head size, and a latent video of 6144
+Wan's transformer with two layers and random weights, Wan's head_dim, and a latent video of 6144
 tokens. Prints what the backend decided for every attention, how far the result is from the same
 model under a brute-force mask, and how long both take. Exits with 1 if the result is wrong.
 """

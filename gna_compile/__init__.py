@@ -1,4 +1,4 @@
-"""gna-compile: neighbourhood attention for unmodified models, as a `torch.compile` backend.
+"""gna-compile: neighborhood attention for unmodified models, as a `torch.compile` backend.
 
 model = torch.compile(model, backend="gna", options={"policy": "flux-4k"})
 """

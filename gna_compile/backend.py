@@ -88,7 +88,7 @@ def compile_graph(
     from gna_compile.report.collect import GraphRecord
     from gna_compile.report.nothing_rewritten import say
 
-    # Whoever keeps this for later keeps no inputs alive.
+    # A caller that keeps this for later keeps no inputs alive.
     lowered = partial(lower, inner=options.inner, mode=options.mode, inductor=options.inductor)
     try:
         plan = decide_graph(gm, example_inputs, options)

@@ -26,7 +26,7 @@ from gna_compile.simulate import simulate
 if TYPE_CHECKING:
     from gna_compile.providers import Problem
 
-app = typer.Typer(help="Neighbourhood attention for unmodified models.", no_args_is_help=True)
+app = typer.Typer(help="Neighborhood attention for unmodified models.", no_args_is_help=True)
 policies_app = typer.Typer(help="List, show and check policies.", no_args_is_help=True)
 app.add_typer(policies_app, name="policies")
 app.command()(simulate)

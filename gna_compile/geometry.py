@@ -249,7 +249,7 @@ class Neighborhood:
 
     @cached_property
     def merged(self) -> Neighborhood:
-        """The same attention with neighbouring axes that hide nothing joined into one."""
+        """The same attention with neighboring axes that hide nothing joined into one."""
         axes: list[Axis] = []
         for axis in self.axes:
             if axes and axis.is_full and axes[-1].is_full:

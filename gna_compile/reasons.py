@@ -38,7 +38,7 @@ class Reason(str, Enum):
     )
     HEAD_SIZE = (
         "head-size",
-        "the head size is not between 8 and 256, or differs between query, key and value",
+        "head_dim is not between 8 and 256, or differs between query, key and value",
     )
     LAYOUT_UNKNOWN = (
         "layout-unknown",

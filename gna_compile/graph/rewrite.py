@@ -1,6 +1,6 @@
 """Replaces decided attention sites by the op, and nothing else.
 
-Before: `scaled_dot_product_attention(q, k, v, ...)`, or matmul, softmax and matmul written out.
+Before: `scaled_dot_product_attention(q, k, v, ...)`, or unfused matmul, softmax and matmul.
 After: `gna.attention.v1(q, k, v, grid, window, ...)[0]`, with the same dtype, shape and memory
 order, the same metadata, and casts where autocast would have cast. Grid sizes that are symbols
 become nodes computed from the graph's own size inputs. Gains what the FLOP share says; needs a
@@ -70,7 +70,7 @@ def _replace(
     key_mask = None
     if site.mask is not None:
         key_mask = _key_mask(build, site, layout, sizes, verify_masks)
-    # A symbolic head size is held to its value: the scale is a number in the op.
+    # A symbolic head_dim is held to its value: the scale is a number in the op.
     scale = site.scale if site.scale is not None else int(site.head_dim) ** -0.5
     pair = build.function(
         torch.ops.gna.attention.v1,

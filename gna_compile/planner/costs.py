@@ -1,6 +1,6 @@
 """What tiles cost on a GPU generation, and the time of a plan by it.
 
-All rates are per clock and per unit (streaming multiprocessor). `docs/planner.md` says where each
+All rates are per clock and per SM (`units` counts them). `docs/planner.md` says where each
 number is from; some are fitted to measured times.
 """
 
@@ -20,20 +20,20 @@ class Architecture:
         name: of its provider, its library and its folder in csrc: "sm90", ...
         capabilities: major and minor, of the GPUs that the kernel runs on.
         tested_on: names of the GPUs on which the kernel's whole test suite has passed.
-        units: streaming multiprocessors.
+        units: SMs.
         clock: cycles per nanosecond.
         flops: of 16-bit matrix work, per clock.
         exponentials: per clock.
         start: cycles of a query tile besides its key tiles and the transfer of its rows.
-        mask_elements: elements of a boundary tile that are masked per clock, by words of bits.
+        mask_elements: elements of a partial block that are masked per clock, by bitmasks.
         bytes: between L2 cache and shared memory, per clock.
-        tiles: tokens of a query tile and of a key tile, as the kernel has them.
+        tiles: tokens of a query tile and of a key tile: kBlockM and kBlockN.
         query_parts: how many boxes a query box is read in, cut along its first axes.
         max_step: the largest dilation of an axis along which a box may hold more than one token.
         max_span: the most tokens from end to end of a box along one axis, dilation included.
-        product_coordinates: key boxes with at most so many coordinates, those of three axes added up,
-            are masked by a matrix product instead; 0 if none is.
-        product_elements: elements of such a boundary tile that are masked per clock.
+        product_coordinates: the most coordinates of a key box, summed over three axes, at which it
+            is masked by an MMA (additive mask) instead; 0 if none is.
+        product_elements: elements of a partial block that such a mask covers per clock.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Architecture:
     def launch(
         self, query_tile: int, key_box: Sequence[int], heads: int, head_dim: int, element_bytes: int
     ) -> Launch:
-        """The costs of tiles of so many queries and of such keys; `heads`: batch x heads of the launch."""
+        """The costs of these query and key tiles; `heads`: batch x heads of the launch."""
         pairs = query_tile * math.prod(key_box)
         coordinates = sum(key_box) + 3 - len(key_box)
         by_product = coordinates <= self.product_coordinates
@@ -71,12 +71,12 @@ class Architecture:
 
 
 class Launch(NamedTuple):
-    """Cycles of one unit for the parts of a launch.
+    """Cycles of one SM for the parts of a launch.
 
     Attributes:
-        row: prologue and epilogue of a query tile: its queries come and its output goes.
-        tile: both matrix products and the softmax of an interior tile, one after the other.
-        mask: what a boundary tile takes on top of that.
+        row: prologue and epilogue of a query tile: queries are loaded, the output is stored.
+        tile: both MMAs and the softmax of a full block, one after the other.
+        mask: what a partial block takes on top of that.
         heads: batch x heads.
         units, clock: the architecture's.
     """
@@ -91,8 +91,8 @@ class Launch(NamedTuple):
     def milliseconds(self, rows: int, visited: int, boundary: int, longest: int) -> float:
         """Predicted time.
 
-        Query tiles are handed out to the units one by one: it is that of so many waves of the mean
-        query tile as there are, but at least that of the longest one.
+        Query tiles are distributed over the SMs one by one. The time is the number of waves times
+        the mean query tile, and at least the longest query tile.
 
         Args:
             rows: query tiles of one head.

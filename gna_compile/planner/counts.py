@@ -6,8 +6,9 @@ fall into few kinds: those whose window is held at an end of the axis, and those
 counts repeat with the period lcm(query extent, stride). The work is therefore bounded by the
 extents of the boxes, whatever the length of the axis.
 
-A query tile *visits* the key tiles that meet its union box. A visited key tile is *interior*, and
-needs no mask, if it lies wholly inside the intersection box; otherwise it is a *boundary* tile.
+A query tile *visits* the key tiles that meet its union box. A visited key tile is a
+*full* block, and needs no mask, if it lies wholly inside the intersection box; otherwise it is a
+*partial* block. Names here are the paper's: `interior` and `boundary`.
 Key tiles start at the union box (`dynamic`) or lie on a fixed grid (`static`); the words and both
 tilings are those of Generalized Neighborhood Attention (arXiv 2504.16922).
 """
@@ -207,7 +208,7 @@ class Counts:
 
     @classmethod
     def of(cls, query_tiles: int, *tallies: tuple[int, int]) -> Counts:
-        """From the sum and the largest value of visited, interior and boundary tiles."""
+        """From the sum and the largest value of visited, full and partial blocks."""
         return cls(query_tiles, *(Tally(*tally, query_tiles) for tally in tallies))
 
 
@@ -226,7 +227,7 @@ def grid_counts(
         key_box: tokens of a key tile along each axis. Global keys lie in tiles of as many tokens,
             prefix and suffix apart.
         tiling: where key tiles start.
-        key_mask: global keys may be hidden, so all tiles of them are boundary tiles.
+        key_mask: global keys may be masked, so all tiles of them are partial blocks.
 
     Raises:
         GeometryError: if a box does not fit the grid's rank or has an extent below 1.
@@ -254,7 +255,7 @@ def grid_counts(
 
 
 def _products(axes: Sequence[frozenset[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """(visited, interior) of the grid's tiles, those left out that cannot have most boundary tiles."""
+    """(visited, interior) of the grid's tiles, without those that cannot have most partial blocks."""
     products = [(1, 1)]
     for axis in axes:
         every = {(v * a, i * b) for v, i in products for a, b in axis}

@@ -32,7 +32,7 @@ class Workload:
     Args:
         neighborhood: the geometry.
         heads: batch size x query heads.
-        head_dim: head size.
+        head_dim: elements of a head.
         element_bytes: bytes of one element of query, key and value.
         key_mask: global keys may be hidden.
 
@@ -145,7 +145,7 @@ def architecture_of(name: str) -> Architecture:
 
 
 def boxes(tokens: int, rank: int) -> Iterator[Box]:
-    """All boxes of power-of-two extents with so many tokens; long last axes first."""
+    """All boxes of power-of-two extents with this number of tokens; long last axes first."""
     if rank == 1:
         yield (tokens,)
         return
@@ -237,7 +237,7 @@ def _cheapest(
 def _fitting(
     axes: tuple[Axis, ...], tokens: int, architecture: Architecture, parts: int = 1
 ) -> list[Box]:
-    """The boxes that the copy engine reads in so many parts, if possible none twice as long as an axis."""
+    """The boxes that TMA reads in this number of parts, if possible none twice as long as an axis."""
 
     def is_readable(axis: Axis, size: int) -> bool:
         step, span = axis.dilation, axis.dilation * size

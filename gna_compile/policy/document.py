@@ -9,7 +9,7 @@ from typing import Any
 
 from gna_compile.policy.errors import PolicyError
 
-MAX_BYTES = 256 * 1024  # of a policy file; whoever reads one reads no more
+MAX_BYTES = 256 * 1024  # of a policy file; no more of one is read
 MAX_DEPTH = 16
 
 KeyPath = tuple[str | int, ...]

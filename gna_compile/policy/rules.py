@@ -38,7 +38,7 @@ class LayerFacts:
     """What is known of one attention layer when its rule is looked up.
 
     Args:
-        name: qualified name of the module, "" if unknown.
+        name: fully qualified name of the module, "" if unknown.
         classes: class names of the modules around the attention, in any order.
         tokens: all tokens of the site, global ones included (int or SymInt); None if unknown.
         grid: the token grid if known (ints or SymInts).
@@ -113,7 +113,7 @@ class Rule:
         return sized or self.grid_rank is not None or bool(self.phases)
 
     def matches_module(self, name: str, classes: Sequence[str]) -> bool:
-        """Whether a module of this qualified name and these classes can fall under the rule."""
+        """Whether a module of this fully qualified name and these classes can fall under the rule."""
         if self.layers and not any(_covers(glob, name) for glob in self.layers):
             return False
         if self.indices:
@@ -293,7 +293,7 @@ class Policy:
 
 
 def layer_index(name: str) -> int | None:
-    """The first part of a qualified name that is a number: 11 for `transformer_blocks.11.attn1`."""
+    """The first part of a fully qualified name that is a number: 11 for `transformer_blocks.11.attn1`."""
     return next((int(part) for part in name.split(".") if part.isascii() and part.isdigit()), None)
 
 
@@ -303,7 +303,7 @@ def _covers(glob: str, name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _runs(name: str) -> tuple[str, ...]:
-    """Every run of whole parts of a qualified name: a glob may start and end at any dot."""
+    """Every run of whole parts of a fully qualified name: a glob may start and end at any dot."""
     parts = name.split(".")
     count = len(parts)
     return tuple(

@@ -226,7 +226,7 @@ class RuleEntry(Closed):
 
     layers: Names | None = Field(
         None,
-        description="Glob(s) on the layer's qualified name; a glob may start and end at any dot.",
+        description="Glob(s) on the layer's fully qualified name; a glob may start and end at any dot.",
     )
     index: Indices | None = Field(
         None, description="Layer numbers (the first number in the name): 3, `3-9`, or a list."
@@ -260,7 +260,7 @@ class RuleEntry(Closed):
 
 
 class PolicyFile(Closed):
-    """A gna-compile policy: which attention layers become neighbourhood attention."""
+    """A gna-compile policy: which attention layers become neighborhood attention."""
 
     version: Annotated[
         Literal[1], BeforeValidator(_version), Field(description="Version of this format.")

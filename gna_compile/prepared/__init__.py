@@ -1,1 +1,1 @@
-"""Models that `prepare` has seen: stamps on modules, grids of packed latents, checks at run time."""
+"""What `prepare` does: annotations (`Stamp`) on modules, grids of packed latents, checks at run time."""

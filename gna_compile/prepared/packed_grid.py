@@ -40,7 +40,7 @@ class PackedGrid:
         tensors: for each, an empty tensor [*grid, 0].
         why: for each that is None, why, in words.
         is_seen: whether some call had inputs that a declared grid could be held against.
-        is_said: whether somebody was told that a declared grid does not hold.
+        is_said: whether a warning was logged that a declared grid does not hold.
     """
 
     def __init__(self, declared: Sequence[Grid] = ()) -> None:

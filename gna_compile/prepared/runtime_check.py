@@ -99,8 +99,8 @@ class CheckedAgainstIds:
         dense: the dense graph, lowered or to be lowered at the first mismatch.
         checks: from `ids_checks`.
         indices: from `index_checks`.
-        root: the compiled module. If it is prepared, a mismatch tells it the grid, so that the
-            next call takes it.
+        root: the compiled module. If it is prepared, a mismatch passes the grid to it, so that
+            the next call uses that grid.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class CheckedAgainstIds:
             if not same_content(index.values, inputs[index.index]):
                 if None not in self._warned:
                     log.warning(
-                        "a buffer that says in which order tokens lie has changed since this graph "
-                        "was compiled: running dense. Compile the model again"
+                        "a buffer with the order of the tokens has changed since this graph was "
+                        "compiled; using dense attention. Compile the model again"
                     )
                 self._warned.add(None)
                 return self._dense(*inputs)
@@ -142,10 +142,10 @@ class CheckedAgainstIds:
             return
         self._warned.add(shown)
         log.warning(
-            "position ids show %s, this graph is to run on the grid %s: running dense%s",
-            "no grid" if shown is None else f"the grid {times(shown)}",
+            "position ids describe %s, the graph was compiled for %s; using dense attention%s",
+            "no grid" if shown is None else f"grid {times(shown)}",
             times(grid),
-            ", the next call takes it"
+            " (the next call uses the grid of the ids)"
             if prepared
             else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
             "when the grid changes",

@@ -1,7 +1,7 @@
 """`prepare`: makes policy and token layout part of what Dynamo guards on.
 
-`torch.compile` erases layer names when it compiles block by block, and it never looks at the values
-of a tensor. So each attention module gets a `Stamp`, and a forward pre-hook reads the stamp's key
+Regional compilation (block by block) erases layer names, and `torch.compile` never looks at the values
+of a tensor. So each attention module gets an annotation, a `Stamp`, and a forward pre-hook reads its key
 while it is traced: Dynamo then guards on the key, layers with different rules get different graphs,
 and layers with the same rule share one.
 
@@ -51,7 +51,7 @@ class Stamp:
 
     Attributes:
         policy: the policy it was prepared with.
-        name: its qualified name in the prepared model.
+        name: its fully qualified name in the prepared model.
         classes: class names of the modules from the model down to it.
         layout: the layout of its tokens that `prepare` was given, if any.
         packed: the grids that the model's inputs show at present; None if nothing has to be seen.

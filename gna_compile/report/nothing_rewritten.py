@@ -1,6 +1,7 @@
 """Warnings about what a user would not notice: a model that is compiled and stays dense.
 
-A model may be compiled in many graphs, block by block or around graph breaks, and there is no call
+A model may be compiled in many graphs, by regional compilation (block by block) or around graph
+breaks, and there is no call
 that ends it. So nothing is said while some layer of the model that a window of the policy is meant
 for has not been compiled yet, and nothing once a graph was rewritten. Each is said once for a policy
 and a class of models, until `torch._dynamo.reset()`.

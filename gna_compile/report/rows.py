@@ -16,9 +16,9 @@ class Row:
 
     Attributes:
         phase: the phase that it holds for.
-        layer: qualified name of the layer, "" if unknown.
+        layer: fully qualified name of the layer, "" if unknown.
         module: class name of the innermost module.
-        form: "sdpa", "written-out" or "opaque".
+        form: "sdpa", "unfused" or "opaque".
         heads, tokens, head_dim: sizes in the example inputs.
         layout: e.g. "14 + 8x10" (global tokens, then the grid), "" if unknown.
         layout_source: how the layout is known, as `Layout.source` has it.

@@ -32,7 +32,7 @@ def simulate(
     prefix: Annotated[int | None, typer.Option(help="Global tokens before the grid.")] = None,
     suffix: Annotated[int | None, typer.Option(help="Global tokens after the grid.")] = None,
     heads: Annotated[int | None, typer.Option(help="Batch x heads; default 24.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Head size; default 128.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="head_dim; default 128.")] = None,
     arch: Annotated[
         str, typer.Option(help=f"Cost table: {', '.join(ARCHITECTURES)}, or cpu.")
     ] = "sm90",
@@ -42,7 +42,7 @@ def simulate(
     query_box: Annotated[str, typer.Option(help="Query tile, with --key-box; default best.")] = "",
     key_box: Annotated[str, typer.Option(help="Key tile, with --query-box; default best.")] = "",
     flat: Annotated[
-        str, typer.Option(help="Also flattened tiles of so many queries and keys: 128,128.")
+        str, typer.Option(help="Also flattened tiles; numbers of queries and keys: 128,128.")
     ] = "",
     attention_share: Annotated[
         float | None, typer.Option(help="Attention's share of a dense run's time, 0 to 1.")

@@ -18,7 +18,7 @@ MAX_TOKENS = 1 << 18
 def flat_counts(
     neighborhood: Neighborhood, query_tile: int, key_tile: int, tiling: Tiling = "static"
 ) -> Counts:
-    """Key tiles per query tile of the grid, both runs of so many tokens in raster order.
+    """Key tiles per query tile of the grid, both runs of tokens in raster order.
 
     Args:
         neighborhood: the geometry; global tokens are not counted.
@@ -51,7 +51,7 @@ def flat_counts(
 def _row(
     neighborhood: Neighborhood, queries: range, key_tile: int, tiling: Tiling
 ) -> tuple[int, int]:
-    """Visited and interior key tiles of one query tile."""
+    """Visited key tiles and full blocks of one query tile."""
     seen_by_any, seen_by_all = 0, -1
     for piece in _pieces(neighborhood.grid, queries):
         axes = list(zip(neighborhood.axes, piece, strict=True))
@@ -114,7 +114,7 @@ def _bits(grid: tuple[int, ...], axes: list[int]) -> int:
 
 
 def _count(bits: int, key_tile: int) -> tuple[int, int]:
-    """In how many tiles of so many bits any is set, and in how many all are."""
+    """In how many tiles of this number of bits any is set, and in how many all are."""
     text = f"{bits:b}"[::-1]
     tiles = [text[start : start + key_tile] for start in range(0, len(text), key_tile)]
     full = "1" * key_tile

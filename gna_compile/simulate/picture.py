@@ -19,8 +19,8 @@ def draw(cut: Plan, path: Path, query: tuple[int, ...] | None = None) -> None:
     """Writes a picture of two panels; its format is that of the file's ending.
 
     Left, the plane of the last two axes through `query` (default: the middle of the grid): keys
-    that it sees, and the interior and boundary key tiles that its query tile visits. Right, speedup
-    for windows of so many eighths of each axis, with stride 1 and with the plan's own strides.
+    that it sees, and the full and partial blocks that its query tile visits. Right, speedup
+    for windows of a number of eighths of each axis, with stride 1 and with the plan's own strides.
 
     Raises:
         SimulateError: if matplotlib is missing, the query is not on the grid, or the file cannot
@@ -48,7 +48,7 @@ def draw(cut: Plan, path: Path, query: tuple[int, ...] | None = None) -> None:
 def key_tiles(
     axis: Axis, query: int, query_extent: int, key_extent: int, tiling: str
 ) -> list[tuple[int, int, bool]]:
-    """Key tiles on one axis for the query tile that `query` is in: start, stop and interior or not.
+    """Key tiles on one axis for the query tile that `query` is in: start, stop and whether it is a full block.
 
     In positions of the query's dilation group; a tile may stick out beyond the group.
     """

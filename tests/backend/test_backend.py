@@ -691,7 +691,7 @@ def test_packed_latents_without_prepare_run_dense_on_another_grid(
         with caplog.at_level(logging.WARNING, "gna_compile"):
             actual = main_output(run(**other))
         torch.testing.assert_close(actual, main_output(built.model(**other)), rtol=1e-4, atol=1e-4)
-    assert "running dense" in caplog.text
+    assert "using dense attention" in caplog.text
 
 
 def test_verify_masks_catches_a_mask_that_hides_the_grid() -> None:
@@ -862,7 +862,7 @@ def test_new_ids_are_read_once_whether_they_fit_or_not(
         for _ in range(3):
             run(**other)
     assert reads == 1
-    assert caplog.text.count("running dense") == 1
+    assert caplog.text.count("using dense attention") == 1
 
 
 def test_a_module_of_two_names_needs_one_rule(caplog: pytest.LogCaptureFixture) -> None:

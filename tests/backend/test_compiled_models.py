@@ -101,12 +101,12 @@ def test_numbers_under_inductor(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "clip", "timm-vit"])
-def test_attention_written_out(name: str) -> None:
+def test_unfused_attention(name: str) -> None:
     if OLD_TORCH and name in ("vit", "dinov2"):
         pytest.skip("transformers gives it a mask under this torch")
     fused, written = build(name), build(name, written_out=True)
     explanation = gna_compile.explain(written.model, policy=POLICY, quiet=True, **written.inputs)
-    assert {row.form for row in explanation.rows} == {"written-out"}
+    assert {row.form for row in explanation.rows} == {"unfused"}
     assert {row.decision for row in explanation.rows} == {"gna"}
     with masked(fused.model, masks_of(explanation)):
         expected = fused.run()

@@ -184,7 +184,7 @@ ELSEWHERE = {
 OTHERS_FROM_THE_INPUT = {"motif-video": {2}}
 """Sites whose tokens off the grid come from the main input, too."""
 BLURRED = {"sd-unet", "segformer"}
-"""Convolutions mix what neighbours hold."""
+"""Convolutions mix what neighbors hold."""
 
 
 @pytest.mark.parametrize(

@@ -116,14 +116,14 @@ def test_bounds_of_the_kernel_cases() -> None:
 SMALL = kernels.Case(cases.Case((12, 16), 2, 64, (6, 8), (2, 4), suffix=3), goal=2.0, shown=2)
 
 
-def test_contestants_compute_what_they_should() -> None:
+def test_candidates_compute_what_they_should() -> None:
     """The op is the same by two providers; the masked dense one hides what the op's mask hides."""
     torch.manual_seed(0)
     inputs = SMALL.inputs("cpu")
     outputs = [SMALL.attention(inputs, provider)() for provider in ("cpu", "portable")]
     torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
     whole = kernels.Case(cases.Case((12, 16), 2, 64, (12, 16), (1, 1), suffix=3), shown=2)
-    runs = kernels.contestants(whole, ["cudnn"], "cpu", "cpu")
+    runs = kernels.candidates(whole, ["cudnn"], "cpu", "cpu")
     assert list(runs) == ["cudnn-masked", "cudnn", "ours"]
     mask = runs["cudnn-masked"].args[2]  # type: ignore[attr-defined]
     query, key, value = runs["cudnn-masked"].args[1]  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ def test_contestants_compute_what_they_should() -> None:
     torch.testing.assert_close(runs["ours"](), dense, rtol=2e-2, atol=2e-2)
 
 
-def test_a_contestant_that_fails_is_left_out() -> None:
+def test_a_candidate_that_fails_is_left_out() -> None:
     result = kernels.measure("small", SMALL, ["fa2", "flex", "cudnn"], 2, "cpu", "cpu")
     assert set(result.ms) == {"fa2", "ours"}
     assert set(result.failed) == {"flex", "cudnn", "cudnn-masked"}
@@ -151,7 +151,7 @@ def test_turns() -> None:
     def clock(run: timing.Run, before: int, calls: int) -> float:
         name = str(run())
         log.append(f"{before}+{calls} {name}")
-        return ms[name] * (1 + (len(log) > 6))  # the card slows down in the second turn
+        return ms[name] * (1 + (len(log) > 6))  # the GPU slows down in the second turn
 
     times = timing.take_turns(runs, 2, clock)
     assert log[3:6] == ["11+2 slow", "25+5 base", "200+40 ours"]
@@ -225,7 +225,7 @@ def test_plot_of_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "card"),
+    ("name", "short"),
     [
         ("NVIDIA H200", "h200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
@@ -237,10 +237,10 @@ def test_plot_of_models(tmp_path: Path) -> None:
         ("NVIDIA L40S", "l40s"),
     ],
 )
-def test_cards_have_short_names(monkeypatch: pytest.MonkeyPatch, name: str, card: str) -> None:
+def test_gpus_have_short_names(monkeypatch: pytest.MonkeyPatch, name: str, short: str) -> None:
     """Without a dash, which in a file's name begins a variant."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert record.card() == card
+    assert record.gpu() == short
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:

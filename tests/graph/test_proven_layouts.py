@@ -308,8 +308,8 @@ def test_a_buffer_that_moves_tokens_is_compared_at_every_call(
         torch.testing.assert_close(run(x), model(x))
         torch.testing.assert_close(run(x), model(x))
     assert [record.message for record in caplog.records if "buffer" in record.message] == [
-        "a buffer that says in which order tokens lie has changed since this graph was compiled: "
-        "running dense. Compile the model again"
+        "a buffer with the order of the tokens has changed since this graph was compiled; "
+        "using dense attention. Compile the model again"
     ]
 
 

@@ -296,19 +296,19 @@ UNFIT: dict[str, tuple[Reason, Callable[[Tensor], Tensor], tuple[int, ...], torc
         (2, 2, 12, 8),
         torch.float64,
     ),
-    "head size 4": (
+    "head_dim 4": (
         Reason.HEAD_SIZE,
         lambda x: F.scaled_dot_product_attention(x, x, x),
         (2, 2, 12, 4),
         torch.float32,
     ),
-    "head size 264": (
+    "head_dim 264": (
         Reason.HEAD_SIZE,
         lambda x: F.scaled_dot_product_attention(x, x, x),
         (2, 2, 12, 264),
         torch.float32,
     ),
-    "another head size of values": (
+    "another head_dim of values": (
         Reason.HEAD_SIZE,
         lambda x: F.scaled_dot_product_attention(x, x, x[..., :8]),
         (2, 2, 12, 16),
@@ -523,7 +523,7 @@ def test_sites_in_both_branches_of_cond() -> None:
         return torch.cond(x.sum() > 0, fused, written, (x,))
 
     graphs = capture(function, torch.randn(2, 3, 12, 8))
-    assert [site.form for site in graphs[0].sites] == ["sdpa", "written-out"]
+    assert [site.form for site in graphs[0].sites] == ["sdpa", "unfused"]
     assert all(site.owner is not graphs[0].gm for site in graphs[0].sites)
     assert not any(site.obstacle for site in graphs[0].sites)
 
@@ -671,7 +671,7 @@ def test_unfit_einsum_reports_true_sizes() -> None:
     assert sizes == (2, 3, 12, 12, 8)
 
 
-# --- written out ---------------------------------------------------------------------------------
+# --- unfused -------------------------------------------------------------------------------------
 
 ROOT = SIZE**-0.5
 
@@ -816,7 +816,7 @@ def test_written_out(name: str, dynamic: bool | None) -> None:
     form = WRITTEN[name]
     graphs = capture(form.function, *qkv(*form.shape), dynamic=dynamic)
     (site,) = graphs[0].sites
-    assert site.form == "written-out"
+    assert site.form == "unfused"
     assert site.obstacle is None, describe(site)
     assert (site.mask, site.mask_form, site.dropout, site.is_causal) == (None, "", 0.0, False)
     # A float that `dynamic=True` keeps symbolic stays where it is if it scales the operands.
@@ -906,7 +906,7 @@ def test_written_out_masks_are_never_dropped(name: str) -> None:
         return torch.softmax(apply(q @ k.mT * ROOT, mask), -1) @ v
 
     site = site_of(function, *qkv(), mask)
-    assert site.form == "written-out"
+    assert site.form == "unfused"
     assert site.mask is not None
     assert site.mask_form == form
     assert site.obstacle is None
@@ -1338,7 +1338,7 @@ DIMENSIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "grouped": lambda q, k, v: F.scaled_dot_product_attention(
         q, k[..., :1, :, :], v[..., :1, :, :], enable_gqa=True
     ),
-    "written out": lambda q, k, v: torch.softmax(q @ k.mT * SIZE**-0.5, -1) @ v,
+    "unfused": lambda q, k, v: torch.softmax(q @ k.mT * SIZE**-0.5, -1) @ v,
     "keys from channels": lambda q, k, v: (
         torch.softmax(q @ k.mT.reshape(*k.shape[:-2], SIZE, TOKENS) * SIZE**-0.5, -1) @ v
     ),
@@ -1502,7 +1502,7 @@ def test_transformers_vision_models(family: str, implementation: str) -> None:
         (graph,) = graphs
         assert len(graph.sites) == 3
         for site in graph.sites:
-            assert site.form == ("sdpa" if implementation == "sdpa" else "written-out")
+            assert site.form == ("sdpa" if implementation == "sdpa" else "unfused")
             assert (site.obstacle, site.mask) == (None, None)
             assert (site.batch, site.heads, site.tokens, site.head_dim) == (2, 2, 17, 16)
             assert site.scale == pytest.approx(0.25)
@@ -1522,7 +1522,7 @@ def test_diffusers_legacy_processor() -> None:
     with torch.no_grad():
         graphs = capture(module, x)
         (site,) = graphs[0].sites
-        assert (site.form, site.obstacle, site.mask) == ("written-out", None, None)
+        assert (site.form, site.obstacle, site.mask) == ("unfused", None, None)
         assert (site.batch, site.heads, site.tokens, site.head_dim) == (4, 1, 12, 8)
         assert site.scale == pytest.approx(8**-0.5)
         assert check_numbers(graphs) == 1

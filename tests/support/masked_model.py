@@ -4,7 +4,7 @@
         expected = model(**inputs)
 
 Every `scaled_dot_product_attention` that runs inside is seen, however the model spells it, with the
-name of the module that it runs in. Attention written out as matmul and softmax is not: compare such
+name of the module that it runs in. Unfused attention (matmul and softmax) is not: compare such
 a model with its fused twin (`models.build(..., written_out=False)`), which has the same weights.
 
 `layout_masks` makes the masks of a window from layouts that are known, as in `models.TRUE_LAYOUTS`.
@@ -31,8 +31,8 @@ class Call:
 
     Attributes:
         index: how many ran before it.
-        layer: qualified name of the innermost module, "" for the model itself.
-        query, key: shapes, [..., tokens, head size].
+        layer: fully qualified name of the innermost module, "" for the model itself.
+        query, key: shapes, [..., tokens, head_dim].
         masked: whether a mask was added.
         tensors: query, key and value while the mask is being chosen, then None.
     """
@@ -147,7 +147,7 @@ def layout_masks(
 
 @contextmanager
 def _names_of_running_modules(model: nn.Module) -> Iterator[list[str]]:
-    """The qualified names of the modules whose forward is running, outermost first."""
+    """The fully qualified names of the modules whose forward is running, outermost first."""
     running: list[str] = []
     handles = []
     for name, module in model.named_modules():

@@ -143,8 +143,6 @@ def write_out_attention(model: nn.Module) -> None:
         return
     fused: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
     if not fused:
-        raise ValueError(
-            f"{type(model).__name__} has no switch from fused to written-out attention"
-        )
+        raise ValueError(f"{type(model).__name__} has no switch from fused to unfused attention")
     for module in fused:
         module.fused_attn = False

@@ -524,7 +524,7 @@ RECIPES: dict[str, Recipe] = {
     "cogvideox": Recipe(
         "diffusers", VIDEO, _cogvideox, _cogvideox_inputs, (f"{TEXT} + {ALL}",) * 2
     ),
-    # The face comes in through cross-attention that is written out.
+    # The face comes in through unfused cross-attention.
     "consis-id": Recipe(
         "diffusers", VIDEO, _consis_id, _consis_id_inputs, (f"{TEXT} + {ALL}",) * 2
     ),

@@ -1,4 +1,4 @@
-"""The first oracle: neighbourhood attention by brute force in float64, written on its own.
+"""The first oracle: neighborhood attention by brute force in float64, written on its own.
 
 Nothing here comes from `gna_compile`. Per axis, a boolean matrix is filled row by row from the
 definition; the grid's mask is their Kronecker product; attention then looks, for every row, at its

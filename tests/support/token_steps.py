@@ -1412,7 +1412,7 @@ def o_weight(o: Ops, index: int) -> Tensor:
 
 @step(0, 1)
 def across_batch(m: Maker) -> Step:
-    """Batch rows rolled, or mixed with their neighbours."""
+    """Batch rows rolled, or mixed with their neighbors."""
     m.need(m.sizes.b > 1 and m.form[0] == "b")
     how = m.rng.choice(["roll", "add"])
     m.say(how)

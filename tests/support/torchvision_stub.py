@@ -1,6 +1,6 @@
 """Lets timm be imported where torchvision is not installed.
 
-timm imports torchvision for image transforms, data sets and one normalisation class; its vision
+timm imports torchvision for image transforms, data sets and one normalization class; its vision
 transformers use none of them. `torchvision_stub` puts just enough of the package in place while
 timm is imported and takes it away afterwards, since transformers and diffusers ask whether
 torchvision is there and would believe it.

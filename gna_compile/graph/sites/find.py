@@ -1,7 +1,7 @@
 """Finds the attention sites of a Dynamo graph, the subgraphs of higher-order operators included.
 
 Three forms: fused `scaled_dot_product_attention` in any calling form ("sdpa"), matmul, softmax and
-matmul written out ("written-out"), and operators that hold a whole attention layer ("opaque").
+matmul ("unfused"), and operators that hold a whole attention layer ("opaque").
 A site that could never be rewritten, whatever the policy, says so in its `obstacle`.
 `flex_attention` and custom attention operators are not sites.
 """
@@ -41,21 +41,21 @@ class Site:
     Args:
         owner: the graph module that holds the node: the graph itself or a subgraph of it.
         node: its value is the attention output, [.., tokens, head_dim].
-        form: "sdpa", "written-out" or "opaque".
+        form: "sdpa", "unfused" or "opaque".
         query, key, value: operands [.., heads, tokens, head_dim] or [batch, tokens, head_dim],
             without the scale that a model multiplied on them; None if opaque. All dimensions before
             the heads are batch. Their dtype may differ from `dtype` (autocast, or a narrower
             operand that the model widens): cast them.
         key_transposed: `key` is [.., head_dim, tokens].
         scale: factor on the scores before the softmax; None for 1 / sqrt(head_dim).
-        mask: the mask operand, or what written-out attention adds to or selects from its scores.
+        mask: the mask operand, or what unfused attention adds to or selects from its scores.
         mask_form: how `mask` acts: "sdpa" (as `attn_mask`: True shows, or added), "added",
             "filled" (True hides), "selected" (condition of `where`), "several" (more than `mask`
             alone); "" without a mask. Only "sdpa" has the meaning of `attn_mask`.
         dropout: probability with which attention weights are dropped; NaN if unknown.
         is_causal: as in `scaled_dot_product_attention`.
         modules: the modules around the site, outermost first.
-        layer: qualified name of the innermost of them, "" if unknown or the compiled module itself.
+        layer: fully qualified name of the innermost of them, "" if unknown or the compiled module itself.
         batch, heads, kv_heads, tokens, key_tokens, head_dim: sizes; symbolic ones stay symbolic.
             `batch` is the product of all dimensions before the heads; three-dimensional operands
             have one head. Zero where an opaque operator does not say.
@@ -94,7 +94,7 @@ class Site:
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """All attention sites in graph order, each subgraph where it is first called.
 
-    Adds guards only where a site's own nature depends on a symbol: a symbolic head size is held to
+    Adds guards only where a site's own nature depends on a symbol: a symbolic head_dim is held to
     the sizes that the op takes, and a symbolic float scale or dropout probability to its value.
     """
     search = _Search()
@@ -103,7 +103,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
 
 
 def describe(site: Site) -> str:
-    """One line for logs: layer, form, heads x tokens x head size, dtype, and the obstacle if any."""
+    """One line for logs: layer, form, heads x tokens x head_dim, dtype, and the obstacle if any."""
     tokens, key_tokens, heads, kv_heads = map(
         str, (site.tokens, site.key_tokens, site.heads, site.kv_heads)
     )
@@ -259,7 +259,7 @@ def _written_out(gm: fx.GraphModule, found: Match) -> Site | None:
     site = _site(
         gm,
         found.node,
-        "written-out",
+        "unfused",
         (found.query, found.key, found.value),
         key_transposed=found.key_transposed,
         scale=found.scale,
@@ -379,7 +379,7 @@ def _site(
 
 
 def _batch(tensor: torch.Tensor) -> Size:
-    """The product of the dimensions before heads, tokens and head size."""
+    """The product of the dimensions before heads, tokens and head_dim."""
     return math.prod(tensor.shape[:-3]) if tensor.dim() != 3 else tensor.shape[0]
 
 
@@ -424,11 +424,11 @@ def _unfit(
             return (Reason.SHAPE, f"the heads of keys do not serve those of queries in {shapes}")
     head_dim = query.shape[-1]
     if not is_known(key_shape[-1] == head_dim) or not is_known(value.shape[-1] == head_dim):
-        return (Reason.HEAD_SIZE, f"the head size differs between operands of {shapes}")
+        return (Reason.HEAD_SIZE, f"head_dim differs between operands of {shapes}")
     if not holds(head_dim >= _LEAST_HEAD_SIZE) or not holds(head_dim <= _LARGEST_HEAD_SIZE):
         return (
             Reason.HEAD_SIZE,
-            f"head size {head_dim} is not between {_LEAST_HEAD_SIZE} and {_LARGEST_HEAD_SIZE}",
+            f"head_dim {head_dim} is not between {_LEAST_HEAD_SIZE} and {_LARGEST_HEAD_SIZE}",
         )
     if not same_shape(out.shape, query.shape):
         return (Reason.SHAPE, f"the output {_sizes(out)} is not shaped as the query of {shapes}")

@@ -15,7 +15,7 @@ class ModuleRef:
 
     Args:
         id: `id()` of the module that was traced, 0 where it is not known.
-        name: qualified name relative to the compiled module, "" for that module itself.
+        name: fully qualified name relative to the compiled module, "" for that module itself.
         cls: name of the module's type.
     """
 

@@ -1,4 +1,4 @@
-"""Matches attention that a model writes out: scores = query·keyᵀ, softmax, weights·value.
+"""Matches unfused (eager) attention: scores = query·keyᵀ, softmax, weights·value.
 
 From each softmax over the last dimension the matcher walks up to the product that made the scores
 and down to the product that uses the weights. On the way it collects the scale (before, after, or
@@ -46,7 +46,7 @@ Obstacle = tuple[Reason, str]
 
 @dataclass(eq=False)
 class Match:
-    """Attention written out.
+    """Unfused (eager) attention.
 
     `node` is the product with the values, `scores` the product of queries and keys ([.., S, T]).
     `query`, `key` and `value` are [.., S, D], before any constant scale; `key` is [.., D, S] if
@@ -373,7 +373,7 @@ def _weights_in(product: _Product, node: fx.Node, flipped: bool) -> _Weights | N
             found = _Weights(product, flipped, [node])
             value = product.right if is_left else product.left
             if not is_left or product.alpha != 1.0 or product.added is not None:
-                found.obstacle = (Reason.SHAPE, "the output is not [.., tokens, head size]")
+                found.obstacle = (Reason.SHAPE, "the output is not [.., tokens, head_dim]")
             elif (
                 flipped
                 or operand.transposed
@@ -381,7 +381,7 @@ def _weights_in(product: _Product, node: fx.Node, flipped: bool) -> _Weights | N
             ):
                 found.obstacle = (Reason.SHAPE, "weights, values and output differ in their order")
             elif value.transposed:
-                found.obstacle = (Reason.SHAPE, "the values are [.., head size, tokens]")
+                found.obstacle = (Reason.SHAPE, "the values are [.., head_dim, tokens]")
             return found
     return None
 
@@ -524,7 +524,7 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
     peeled = [_peel(operand, scores, node) for operand in (queries, keys)]
     query, key = (_choose(found, out.dtype) for found in peeled)
     if query.transposed:
-        obstacle = obstacle or (Reason.SHAPE, "the queries are [.., head size, tokens]")
+        obstacle = obstacle or (Reason.SHAPE, "the queries are [.., head_dim, tokens]")
     left, right = lower.product.left, lower.product.right
     value = right.node if left.node is lower.chain[-1] else left.node
     obstacle = obstacle or _dtype_obstacle(query.node, key.node, scores, node)
