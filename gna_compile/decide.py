@@ -19,7 +19,8 @@ from gna_compile.geometry import GeometryError, Neighborhood
 from gna_compile.graph.dynamo_frame import is_resumed, local_modules, position_ids_outside
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, enters, hint
-from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow, resolve, times
+from gna_compile.graph.tokens.declared import resolve
+from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow, times
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.prepared.packed_grid import Mark
 from gna_compile.prepared.stamps import PACKED, WATCH, Stamp, model_around

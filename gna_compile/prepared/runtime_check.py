@@ -21,7 +21,8 @@ from torch import fx, nn
 
 from gna_compile import _torch
 from gna_compile.graph.symbols import Size, entry_of
-from gna_compile.graph.tokens.layouts import Layout, same_grid, times
+from gna_compile.graph.tokens.declared import same_grid
+from gna_compile.graph.tokens.layouts import Layout, times
 from gna_compile.graph.tokens.position_ids import SeenIds, same_content
 from gna_compile.lower import Lowered
 from gna_compile.prepared.stamps import show_grid

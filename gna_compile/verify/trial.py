@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gna_compile.graph.tokens.layouts import same_grid, times
+from gna_compile.graph.tokens.declared import same_grid
+from gna_compile.graph.tokens.layouts import times
 from gna_compile.graph.tokens.position_ids import may_be_ids, one_grid, runs_from_ids
 from gna_compile.verify.probe import OPERANDS, Probe
 from gna_compile.verify.reactions import (

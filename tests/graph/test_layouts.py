@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils.checkpoint import checkpoint
 
 from gna_compile.graph.sites.find import find_sites
-from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow, resolve
+from gna_compile.graph.tokens.declared import resolve
+from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow
 from gna_compile.graph.tokens.position_ids import grid_from_ids
 from gna_compile.policy import DeclaredLayout
 from gna_compile.reasons import Reason

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import gna_compile
 from gna_compile import LayoutError, decide
 from gna_compile.backend import gna
-from gna_compile.graph.tokens import layouts
+from gna_compile.graph.tokens.declared import resolve
 from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow
 from gna_compile.options import OptionsError
 from gna_compile.verify import layouts as verify_layouts
@@ -331,7 +331,7 @@ def test_ids_that_show_other_axes(
 ) -> None:
     built = build("flux")
     height, width = built.grid
-    resolved = layouts.resolve
+    resolved = resolve
 
     def swapped(*arguments: Any) -> Layout | Refusal:
         layout = resolved(*arguments)

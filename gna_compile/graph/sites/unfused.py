@@ -18,6 +18,8 @@ from torch import fx
 from gna_compile.graph.mutation import shares_memory, written_by
 from gna_compile.graph.nodes import argument_of, operator_name, tensor_of
 from gna_compile.graph.scalars import constant
+from gna_compile.graph.sites.products import Operand, Product, product_of, turned
+from gna_compile.graph.sites.side_effects import Obstacle, changed_links, side_effects
 from gna_compile.graph.symbols import Size, is_known, same_shape
 from gna_compile.reasons import Reason
 
@@ -31,17 +33,9 @@ _ALTERATIONS = frozenset(
 )
 _ALTERATIONS |= {"neg", "abs", "relu", "sigmoid", "pow", "minimum", "maximum", "masked_fill"}
 _ALTERATIONS |= {"where", "detach", "setitem", "dropout"}
-# What reads the shape or dtype of an operand, but not its values: every operand but the first, or
-# the first too.
-_SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
-_SHAPE_ONLY = frozenset({"size", "dim", "numel", "stride", "zeros_like", "ones_like", "empty_like"})
-_SHAPE_ONLY |= {"full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
-_SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _GRADIENT_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _MOST_STEPS = 24
-
-Obstacle = tuple[Reason, str]
 
 
 @dataclass(eq=False)
@@ -86,128 +80,12 @@ def match(softmax: fx.Node) -> Match | None:
     return _assemble(source, scores, weights)
 
 
-# --- products ------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Operand:
-    """One factor of a product: [.., rows, columns], or [.., columns, rows] if `transposed`."""
-
-    node: fx.Node
-    transposed: bool = False
-    aligned: bool = True  # its batch dimensions are those of the product, in order
-
-
-@dataclass
-class _Product:
-    """A batched matrix product seen as [.., rows, inner] · [.., inner, columns]."""
-
-    node: fx.Node
-    left: _Operand  # [.., rows, inner]
-    right: _Operand  # [.., inner, columns]
-    inner: Size
-    in_order: bool = True  # its value is [batch dimensions.., rows, columns]
-    columns_last: bool = True  # its value is [.., columns]
-    alpha: float | None = 1.0  # None: unknown
-    added: fx.Node | None = None
-
-
-def _product(node: fx.Node) -> _Product | None:
-    """`node` as a product of two tensors of three or more dimensions, or None."""
-    if tensor_of(node) is None or node.kwargs.get("out") is not None or written_by(node):
-        return None
-    name = operator_name(node)
-    if name == "einsum":
-        return _einsum(node)
-    alpha: float | None = 1.0
-    added = None
-    if name == "matmul":
-        left = argument_of(node, 0, "input", "self")
-        right = argument_of(node, 1, "other", "mat2")
-    elif name == "baddbmm":
-        left = argument_of(node, 1, "batch1")
-        right = argument_of(node, 2, "batch2")
-        alpha = constant(argument_of(node, 4, "alpha", default=1))
-        if constant(argument_of(node, 3, "beta", default=1)) != 0:
-            added = argument_of(node, 0, "input", "self")
-    else:
-        return None
-    one, other = tensor_of(left), tensor_of(right)
-    if one is None or other is None or one.dim() < 3 or other.dim() < 3:
-        return None
-    return _Product(node, _Operand(left), _Operand(right), one.shape[-1], alpha=alpha, added=added)
-
-
-def _einsum(node: fx.Node) -> _Product | None:
-    equation = argument_of(node, 0, "equation")
-    operands = node.args[1:]
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2:
-        return None
-    tensors = [tensor_of(operand) for operand in operands]
-    letters = _letters(equation, [-1 if t is None else t.dim() for t in tensors])
-    if letters is None:
-        return None
-    (one, other), out = letters
-    inner = set(one) & set(other) - set(out)
-    batch = set(one) & set(other) & set(out)
-    free = [letter for letter in out if letter not in batch]
-    if len(inner) != 1 or len(free) != 2 or len(batch) + 2 != len(one) or len(one) != len(other):
-        return None
-    (d,) = inner
-    row, column = free
-    if row in other:
-        one, other = other, one
-        operands, tensors = operands[::-1], tensors[::-1]
-    if row not in one or column not in other:
-        return None
-    order = "".join(letter for letter in out if letter in batch)
-
-    def operand(index: int, text: str, rows: str, columns: str) -> _Operand:
-        source = operands[index]
-        assert isinstance(source, fx.Node)
-        aligned = text in (order + rows + columns, order + columns + rows)
-        return _Operand(source, text.index(columns) < text.index(rows), aligned)
-
-    first = tensors[0]
-    assert first is not None
-    return _Product(
-        node,
-        left=operand(0, one, row, d),
-        right=operand(1, other, d, column),
-        inner=first.shape[one.index(d)],
-        in_order=out == order + row + column,
-        columns_last=out[-1] == column,
-    )
-
-
-def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:
-    """Index letters of both operands and of the output, with `...` spelled out."""
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not arrow or len(terms) != 2:
-        return None
-    spelled = []
-    dots = ""
-    for term, rank in zip(terms, ranks, strict=True):
-        spare = rank - len(term.replace("...", ""))
-        if rank < 3 or not 0 <= spare <= 9 or (spare > 0 and "..." not in term):
-            return None
-        dots = "123456789"[:spare] if "..." in term else dots
-        spelled.append(term.replace("...", dots))
-    out = out.replace("...", dots)
-    if any(len(set(term)) != len(term) for term in (*spelled, out)) or len(out) < 3:
-        return None
-    return spelled, out
-
-
 # --- upwards: from the softmax to the scores -----------------------------------------------------
 
 
 @dataclass
 class _Scores:
-    product: _Product
+    product: Product
     scale: float = 1.0
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
     chain: list[fx.Node] = field(default_factory=list)  # from the product to the softmax's operand
@@ -223,7 +101,7 @@ def _find_scores(node: fx.Node, steps: int = _MOST_STEPS) -> _Scores | None:
     """Walks up from a softmax's operand to the product it comes from."""
     if steps == 0:
         return None
-    product = _product(node)
+    product = product_of(node)
     if product is not None:
         if not product.columns_last:
             return None
@@ -322,7 +200,7 @@ def _stronger(one: float, other: float) -> float:
 
 @dataclass
 class _Weights:
-    product: _Product
+    product: Product
     flipped: bool = False  # the weights enter as [.., T, S]
     chain: list[fx.Node] = field(default_factory=list)  # from the softmax to the product's operand
     dropout: float = 0.0
@@ -336,7 +214,7 @@ def _find_product(
     if steps == 0:
         return None
     for user in node.users:
-        product = _product(user)
+        product = product_of(user)
         if product is not None:
             found = _weights_in(product, node, flipped)
             if found is not None:
@@ -364,7 +242,7 @@ def _find_product(
     return None
 
 
-def _weights_in(product: _Product, node: fx.Node, flipped: bool) -> _Weights | None:
+def _weights_in(product: Product, node: fx.Node, flipped: bool) -> _Weights | None:
     """The product as one that sums over the keys of `node`, the weights, or None if it does not."""
     for operand, is_left in ((product.left, True), (product.right, False)):
         # The keys are the last dimension of the weights as they left the softmax.
@@ -426,7 +304,7 @@ class _Peeled:
     reader: fx.Node  # what reads it: the step that was peeled off last, or the product
 
 
-def _peel(operand: _Operand, product: fx.Node, output: fx.Node) -> list[_Peeled]:
+def _peel(operand: Operand, product: fx.Node, output: fx.Node) -> list[_Peeled]:
     """An operand of the scores and what is found behind it, outermost first.
 
     A step is peeled off only where nothing writes to its result before the product reads that, nor
@@ -505,7 +383,7 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
     dropout = _stronger(upper.dropout, lower.dropout)
     if dropout != 0:
         obstacle = obstacle or (Reason.DROPOUT, _dropout_text(dropout))
-    for mask, reason in _side_effects(chain, node):
+    for mask, reason in side_effects(chain, node):
         if mask is not None:
             masks.append((mask, "filled"))
         else:
@@ -518,7 +396,7 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
             f"scores {list(raw.shape)} become weights {list(weights.shape)}",
         )
 
-    queries, keys = upper.product.left, _turned(upper.product.right)
+    queries, keys = upper.product.left, turned(upper.product.right)
     if not (queries.aligned and keys.aligned):
         obstacle = obstacle or (Reason.SHAPE, "queries or keys do not have the order of the scores")
     peeled = [_peel(operand, scores, node) for operand in (queries, keys)]
@@ -529,7 +407,7 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
     value = right.node if left.node is lower.chain[-1] else left.node
     obstacle = obstacle or _dtype_obstacle(query.node, key.node, scores, node)
     obstacle = obstacle or _changed_before(node, (query, key))
-    obstacle = obstacle or _changed_links(chain, node, scores, [mask for mask, _ in masks])
+    obstacle = obstacle or changed_links(chain, node, scores, [mask for mask, _ in masks])
     return Match(
         node=node,
         scores=scores,
@@ -547,52 +425,10 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
     )
 
 
-def _turned(operand: _Operand) -> _Operand:
-    """The right factor of the scores, [.., D, T], as the keys [.., T, D]."""
-    return _Operand(operand.node, not operand.transposed, operand.aligned)
-
-
 def _dropout_text(probability: float) -> str:
     if math.isnan(probability):
         return "the dropout probability is not known when compiling"
     return f"attention dropout of {probability:g} is active"
-
-
-def _side_effects(
-    chain: list[fx.Node], node: fx.Node
-) -> Iterator[tuple[fx.Node | None, Obstacle | None]]:
-    """Uses of the scores and weights outside the chain: in-place masks, or an obstacle."""
-    inside = {*chain, node}
-    for link in chain:
-        for user in link.users:
-            if user in inside or _reads_shape_only(user, link):
-                continue
-            name = operator_name(user)
-            mask = argument_of(user, 1, "mask", "other")
-            if (
-                link in written_by(user)
-                and not user.users
-                and name in ("masked_fill", "add", "setitem")
-                and isinstance(mask, fx.Node)
-            ):
-                yield mask, None
-            else:
-                yield (
-                    None,
-                    (
-                        Reason.WEIGHTS_USED,
-                        f"scores or weights are also used by `{name or user.name}` (node {user.name})",
-                    ),
-                )
-
-
-def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
-    name = operator_name(user)
-    if name == "getattr":
-        return user.args[1] in _SHAPE_ATTRIBUTES
-    if name in _SHAPED_LIKE:
-        return argument_of(user, 0, "input", "self") is not node
-    return name in _SHAPE_ONLY and not written_by(user)
 
 
 def _dtype_obstacle(
@@ -631,26 +467,5 @@ def _changed_before(output: fx.Node, operands: tuple[_Peeled, _Peeled]) -> Obsta
         if getattr(current.target, "__name__", "") in _GRADIENT_MODES:
             return (Reason.WEIGHTS_USED, "gradients are switched on or off inside the attention")
         readers.discard(current)
-        current = current.prev
-    return None
-
-
-def _changed_links(
-    chain: list[fx.Node], output: fx.Node, scores: fx.Node, masks: list[fx.Node]
-) -> Obstacle | None:
-    """Whether scores, weights or masks are overwritten in another way than by a step of the chain.
-
-    All that uses a link of the chain was looked at before. This finds what reaches its memory by
-    another tensor, such as a bias that took up the scores in place.
-    """
-    current = output.prev
-    while current is not scores:
-        for target in written_by(current):
-            changed = next((n for n in (*chain, *masks) if shares_memory(target, n)), None)
-            if changed is not None and target not in chain:
-                return (
-                    Reason.WEIGHTS_USED,
-                    f"{current.name} overwrites {changed.name} inside the attention",
-                )
         current = current.prev
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -146,6 +146,27 @@ class Call:
         self.makes_source = True
         kind: Literal["opaque", "stem"] = "opaque" if old.kind == "opaque" else "stem"
         return Source(self.name, kind, extents, old.all_roots)
+
+
+def tokens_in(values: Iterable[Value]) -> Iterable[Tokens]:
+    for value in values:
+        if isinstance(value, Tokens):
+            yield value
+        elif isinstance(value, list):
+            yield from tokens_in(value)
+
+
+def are_equal(one: Tokens, other: Tokens) -> bool:
+    if one is other:
+        return True
+    if one.shape != other.shape or one.cells.keys() != other.cells.keys():
+        return False
+    return all(
+        (a is None and b is None)
+        or (a is not None and b is not None and a.shape == b.shape and bool((a == b).all()))
+        for source, axes in one.cells.items()
+        for a, b in zip(axes, other.cells[source], strict=True)
+    )
 
 
 def _has_tokens(tokens: Tokens) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count, pairwise
 from typing import Any
 
@@ -21,10 +21,18 @@ from gna_compile.graph.mutation import written_by
 from gna_compile.graph.nodes import operator_name, tensor_of
 from gna_compile.graph.sites.unfused import match
 from gna_compile.graph.tokens import movement, space
-from gna_compile.graph.tokens.call import PARTIAL, Call, Unruled, Value
+from gna_compile.graph.tokens.call import PARTIAL, Call, Unruled, Value, are_equal, tokens_in
 from gna_compile.graph.tokens.cells import Source, Tokens, lattice
 from gna_compile.graph.tokens.compute import attended, rule_for
 from gna_compile.graph.tokens.constants import Buffers
+from gna_compile.graph.tokens.memory import (
+    OVERLAPPING,
+    are_apart,
+    body_of,
+    storages,
+    views_up,
+    written_in_body,
+)
 from gna_compile.graph.tokens.movement import counted, new
 from gna_compile.graph.tokens.position_ids import may_be_ids
 from gna_compile.graph.tokens.sizes import Sizes
@@ -62,10 +70,6 @@ _VIEWS = frozenset(
 )
 
 _PICKING = frozenset({"embedding", "index_select", "gather", "take_along_dim", "getitem"})
-# Views in which one element of memory may be several of the tensor.
-_OVERLAPPING = frozenset(
-    {*("expand", "expand_as", "broadcast_to", "broadcast_tensors", "unfold", "as_strided")}
-)
 _NAME = re.compile(r"^l_(kwargs_)?|_$")  # Dynamo's own around the name of an argument
 _OWNED = re.compile(r"^L\['self'\]\.|_(buffers|modules|parameters)\b")
 
@@ -123,7 +127,7 @@ class Walk:
         shape = self._sizes.shape(tensor)
         if isinstance(value, torch.nn.Parameter) or 0 in shape:
             return self._without_cells(shape)
-        if _is_owned(node):
+        if _OWNED.search(_torch.source_name(node)):  # a buffer of a module, or an attribute
             if isinstance(value, torch.Tensor):
                 self.buffers.add(node, value)
             return self._table(node, shape)
@@ -161,7 +165,7 @@ class Walk:
                 known[node] = self._attribute(gm, node)
             else:
                 known[node] = self._call(gm, node, known)
-            for storage in _storages(node):
+            for storage in storages(node):
                 memory[storage].append(node)
             if node.op in ("call_function", "call_method"):
                 self._written(gm, node, known, memory)
@@ -282,7 +286,7 @@ class Walk:
     def _checked(self, node: fx.Node, value: Value, known: Environment) -> Value:
         """`value` where it has the shape of the node's result; elsewhere only origins are known."""
         example = node.meta.get("example_value")
-        operands = list(_tokens_in(known.get(item) for item in node.all_input_nodes))
+        operands = list(tokens_in(known.get(item) for item in node.all_input_nodes))
         if isinstance(example, torch.Tensor):
             if isinstance(value, list) and len(value) == 1:
                 value = value[0]
@@ -363,7 +367,7 @@ class Walk:
         target: Any = node.target
         name = target.__name__
         bodies = [
-            (i, body) for i, item in enumerate(node.args) if (body := _body(gm, item)) is not None
+            (i, body) for i, item in enumerate(node.args) if (body := body_of(gm, item)) is not None
         ]
         if name in _CALLS and len(bodies) == 1:
             index, body = bodies[0]
@@ -378,7 +382,7 @@ class Walk:
             if not isinstance(one, list) or not isinstance(other, list):
                 return None
             return [
-                a if isinstance(a, Tokens) and isinstance(b, Tokens) and _equal(a, b) else None
+                a if isinstance(a, Tokens) and isinstance(b, Tokens) and are_equal(a, b) else None
                 for a, b in zip(one, other, strict=True)
             ]
         for _, body in bodies:
@@ -416,7 +420,7 @@ class Walk:
         """What a call that writes in place leaves of what is known."""
         targets = written_by(node)
         if not targets and isinstance(node.target, _torch.HigherOrderOperator):
-            targets = _written_in_body(gm, node)
+            targets = written_in_body(gm, node)
         name = operator_name(node)
         for target in targets:
             old = known.get(target)
@@ -427,7 +431,7 @@ class Walk:
                 # `setitem` has no value of its own in a graph.
                 result = self._after(node, name, old, known) if len(targets) == 1 else None
             if result is None:
-                operands = list(_tokens_in(known.get(item) for item in node.all_input_nodes))
+                operands = list(tokens_in(known.get(item) for item in node.all_input_nodes))
                 result = self._new_call(node, known).opaque(operands, old.shape)
             if result is not old:
                 self._replace(node, target, result, known, memory)
@@ -446,20 +450,20 @@ class Walk:
     ) -> None:
         """Notes what a tensor holds now, and what that means for whatever shares its memory."""
         known[target] = result
-        own = _views_up(target)
+        own = views_up(target)
         renewed = {target}
-        is_shared = any(operator_name(view) in _OVERLAPPING for view in own)
+        is_shared = any(operator_name(view) in OVERLAPPING for view in own)
         for view, base in () if is_shared else pairwise(own):  # its base holds it, too
             lifted = written_through(self._new_call(view, known), known[view], known.get(base))
             if lifted is None:
                 break
             known[base] = lifted
             renewed.add(base)
-        stale = {other for s in _storages(target) for other in memory[s]} - {target, node} - renewed
+        stale = {other for s in storages(target) for other in memory[s]} - {target, node} - renewed
         for other in sorted(stale):
             held = known.get(other)
-            chain = _views_up(other)
-            if not isinstance(held, Tokens | list) or _are_apart(own, chain):
+            chain = views_up(other)
+            if not isinstance(held, Tokens | list) or are_apart(own, chain):
                 continue
             name = operator_name(other)
             if len(chain) > 1 and chain[1] in renewed and name in _VIEWS:
@@ -491,108 +495,3 @@ class Walk:
 
 
 _NO_MODULE: Any = None
-
-
-def _is_owned(node: fx.Node) -> bool:
-    """Whether an input of a graph is a tensor of a module: a buffer, or an attribute."""
-    return _OWNED.search(_torch.source_name(node)) is not None
-
-
-def _storages(node: fx.Node) -> list[Any]:
-    """What tells which tensors share memory."""
-    example = node.meta.get("example_value")
-    items = example if isinstance(example, list | tuple) else [example]
-    found = []
-    for item in items:
-        if isinstance(item, torch.Tensor):
-            try:
-                found.append(_torch.storage_key(item))
-            except (NotImplementedError, RuntimeError):  # functorch, subclasses: may be any
-                found.append(None)
-    return list(dict.fromkeys(found))
-
-
-def _views_up(node: fx.Node) -> list[fx.Node]:
-    """A node and the nodes that it is a view of, nearest first."""
-    chain = [node]
-    while chain[-1].op in ("call_function", "call_method"):
-        above = chain[-1].args[0] if chain[-1].args else None
-        if not isinstance(above, fx.Node) or not set(_storages(above)) & set(_storages(chain[-1])):
-            break
-        chain.append(above)
-    return chain
-
-
-def _are_apart(one: list[fx.Node], other: list[fx.Node]) -> bool:
-    """Whether two views are different pieces of one tensor."""
-    shared = set(one) & set(other)
-    if not shared:
-        return False
-    first, second = (
-        next((chain[i - 1] for i, n in enumerate(chain) if n in shared and i), None)
-        for chain in (one, other)
-    )
-    if first is None or second is None or first is second:
-        return False
-    if any(operator_name(node) in _OVERLAPPING for node in one[one.index(first) + 1 :]):
-        return False
-    if operator_name(first) != "getitem" or operator_name(second) != "getitem":
-        return False
-    a, b = first.args[1], second.args[1]
-    if isinstance(a, int) and isinstance(b, int):
-        return a != b and (a < 0) == (b < 0)
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return any(
-            isinstance(x, int)
-            and isinstance(y, int)
-            and x != y
-            and (x < 0) == (y < 0)
-            and a[:i] == b[:i]
-            and all(p == slice(None) for p in a[:i])
-            for i, (x, y) in enumerate(zip(a, b, strict=True))
-        )
-    return False
-
-
-def _written_in_body(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
-    """Operands of a higher-order operator that its bodies write to; all of them if unclear."""
-    bodies = [body for item in node.args if (body := _body(gm, item)) is not None]
-    for body in bodies:
-        inputs = set()
-        for storage in (s for n in body.graph.find_nodes(op="placeholder") for s in _storages(n)):
-            inputs.add(storage)
-        for inner in body.graph.nodes:
-            for target in written_by(inner):
-                if inputs & set(_storages(target)):
-                    return tuple(n for n in node.all_input_nodes if tensor_of(n) is not None)
-    return ()
-
-
-def _body(gm: fx.GraphModule, item: Any) -> fx.GraphModule | None:
-    if not isinstance(item, fx.Node) or item.op != "get_attr":
-        return None
-    owner: Any = gm
-    for part in str(item.target).split("."):
-        owner = getattr(owner, part, None)
-    return owner if isinstance(owner, fx.GraphModule) else None
-
-
-def _tokens_in(values: Iterable[Value]) -> Iterable[Tokens]:
-    for value in values:
-        if isinstance(value, Tokens):
-            yield value
-        elif isinstance(value, list):
-            yield from _tokens_in(value)
-
-
-def _equal(one: Tokens, other: Tokens) -> bool:
-    if one is other:
-        return True
-    if one.shape != other.shape or one.cells.keys() != other.cells.keys():
-        return False
-    return all(
-        (a is None and b is None)
-        or (a is not None and b is not None and a.shape == b.shape and bool((a == b).all()))
-        for source, axes in one.cells.items()
-        for a, b in zip(axes, other.cells[source], strict=True)
-    )

@@ -22,16 +22,13 @@ from gna_compile.graph.tokens.cells import (
 )
 from gna_compile.graph.tokens.movement import (
     along,
-    bounds,
-    gathering,
     inserted,
     permuted,
-    spelled_out,
     swapped,
     widened,
-    within,
     without_none,
 )
+from gna_compile.graph.tokens.picking import bounds, gathering, spelled_out, within
 
 
 @rule("setitem", "__setitem__")

@@ -1,0 +1,189 @@
+"""Declared layouts, held against what the graph shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from gna_compile.graph.sites.find import Site
+from gna_compile.graph.symbols import Size, hint, holds, is_known
+from gna_compile.graph.tokens.layouts import Layout, Refusal, Segment, TokenFlow, sum_of, words_of
+from gna_compile.graph.tokens.position_ids import name_of
+from gna_compile.graph.tokens.reading import times
+from gna_compile.reasons import Reason
+
+
+class Declared(Protocol):
+    """A layout from a policy or from `prepare`; prefix and suffix are None where it does not say."""
+
+    @property
+    def grid(self) -> tuple[Size, ...]: ...
+    @property
+    def prefix(self) -> int | None: ...
+    @property
+    def suffix(self) -> int | None: ...
+
+
+def resolve(
+    site: Site,
+    flow: TokenFlow,
+    declared: Declared | None,
+    global_tokens: str | None = None,
+) -> Layout | Refusal:
+    """The layout of a site, in this order of trust: declared, then proven by the graph.
+
+    A declared layout must have as many tokens as the site and must not contradict the graph.
+    Where it does not say how many global tokens lie before and after the grid, the graph does, or
+    else `global_tokens` says on which side the rest lies. Symbolic sizes that have to equal a
+    declared number are held to it by a guard; a declared symbolic grid needs only be that of
+    position ids in this call, since each call checks it.
+
+    Args:
+        global_tokens: "prefix" or "suffix": there the tokens off the grid lie; "none": there are
+            none; None: not said.
+    """
+    shown = flow.layout(site)
+    if declared is None:
+        if isinstance(shown, Refusal):
+            return shown
+        return _checked(site, shown, global_tokens)
+    grid = tuple(declared.grid)
+    placed = _placed(site, flow, declared, global_tokens)
+    if isinstance(placed, Refusal):
+        return placed
+    prefix, suffix = placed
+    if isinstance(shown, Refusal):
+        known = flow.known(site)
+        refusal = flow.hold(known) or _contradiction(known.segments, grid, prefix)
+        return refusal or Layout(grid, prefix, suffix, "declared", None, flow.indices)
+    theirs = (shown.grid, shown.prefix, shown.suffix)
+    # What ids show is checked at every call, and no reason to hold symbols to it.
+    ours = grid if shown.ids is None else tuple(hint(size) for size in grid)
+    if not same_grid(shown.grid, ours) or not holds(shown.prefix == prefix):
+        return Refusal(
+            Reason.LAYOUT_MISMATCH,
+            f"declared is {_words(grid, prefix, suffix)}, "
+            f"the graph shows {_words(*theirs)} ({shown.source})",
+        )
+    return Layout(grid, prefix, suffix, "declared", shown.ids, shown.indices)
+
+
+def _contradiction(
+    segments: Sequence[Segment], grid: tuple[Size, ...], prefix: Size
+) -> Refusal | None:
+    """What the graph knows against a declared grid of tokens whose grid it does not show."""
+    start: Size = 0
+    tokens = math.prod(grid)
+    for segment in segments:
+        stop = start + segment.size
+        run = segment.run
+        if not holds(stop <= prefix) and not holds(start >= prefix + tokens):
+            if not run.has_tokens:
+                return _against(grid, "special tokens lie among those of the grid")
+            if run.doubt:
+                return Refusal(Reason.LAYOUT_UNKNOWN, run.doubt)
+            if run.disorder:
+                return _against(grid, run.disorder)
+            if not (holds(start <= prefix) and holds(prefix + tokens <= stop)):
+                runs = " + ".join(words_of(s) for s in segments)
+                return _against(grid, f"the tokens are of several origins: {runs}")
+            if run.ids is not None and holds(segment.size == tokens):
+                return _against(grid, f"{name_of(run.ids)} shows none")
+            known = segment.grid or segment.axes
+            if len(known) > 1 and not _refines(grid, known):
+                return _against(grid, f"the graph shows {times(known)}")
+        start = stop
+    return None
+
+
+def _against(grid: tuple[Size, ...], why: str) -> Refusal:
+    return Refusal(Reason.LAYOUT_MISMATCH, f"declared is the grid {times(grid)}, but {why}")
+
+
+def _refines(grid: Sequence[Size], lattice: Sequence[Size]) -> bool:
+    """Whether each axis of a lattice is one axis of the grid, or several of them merged."""
+    pending = list(grid)
+    for length in lattice:
+        product: Size = 1
+        while pending and not holds(product == length):
+            product = product * pending.pop(0)
+        if not holds(product == length):
+            return False
+    return all(holds(size == 1) for size in pending)
+
+
+def _checked(site: Site, shown: Layout, global_tokens: str | None) -> Layout | Refusal:
+    """A layout from the graph, unless it contradicts `global_tokens` or does not fit the tokens."""
+    wrong = {"prefix": shown.suffix, "suffix": shown.prefix}.get(global_tokens or "")
+    if global_tokens == "none":
+        wrong = shown.prefix + shown.suffix
+    if wrong is not None and not holds(wrong == 0):
+        return Refusal(
+            Reason.LAYOUT_MISMATCH,
+            f"declared is `global_tokens: {global_tokens}`, the graph shows "
+            f"{_words(shown.grid, shown.prefix, shown.suffix)} ({shown.source})",
+        )
+    tokens = shown.prefix + math.prod(shown.grid) + shown.suffix
+    if not holds(tokens == site.tokens):
+        return _miscounted(site, shown.grid, shown.prefix, shown.suffix)
+    return shown
+
+
+def _placed(
+    site: Site, flow: TokenFlow, declared: Declared, global_tokens: str | None
+) -> tuple[Size, Size] | Refusal:
+    """Tokens before and after the declared grid."""
+    grid = tuple(declared.grid)
+    prefix: Size = declared.prefix or 0
+    suffix: Size = declared.suffix or 0
+    if declared.prefix is None and declared.suffix is None:
+        tokens = math.prod(grid)
+        sizes = [segment.size for segment in flow.known(site).segments]
+        matches = [i for i, size in enumerate(sizes) if holds(size == tokens)]
+        if len(matches) == 1:
+            (index,) = matches
+            prefix, suffix = sum_of(sizes[:index]), sum_of(sizes[index + 1 :])
+        elif global_tokens == "prefix":
+            prefix = site.tokens - tokens
+        elif global_tokens == "suffix":
+            suffix = site.tokens - tokens
+    wrong = {"prefix": suffix, "suffix": prefix, "none": prefix + suffix}.get(
+        global_tokens or "", 0
+    )
+    fits = holds(prefix + math.prod(grid) + suffix == site.tokens)
+    if not fits or not holds(prefix >= 0) or not holds(suffix >= 0):
+        return _miscounted(site, grid, declared.prefix or 0, declared.suffix or 0)
+    if not holds(wrong == 0):
+        return Refusal(
+            Reason.LAYOUT_MISMATCH,
+            f"declared is `global_tokens: {global_tokens}`, but the tokens of the grid "
+            f"{times(grid)} have {prefix} before and {suffix} after them",
+        )
+    return prefix, suffix
+
+
+def _miscounted(site: Site, grid: Sequence[Size], prefix: Size, suffix: Size) -> Refusal:
+    tokens = prefix + math.prod(grid) + suffix
+    return Refusal(
+        Reason.LAYOUT_MISMATCH,
+        f"{_words(grid, prefix, suffix)} is {tokens} tokens, the site has {site.tokens}",
+    )
+
+
+def same_grid(shown: Sequence[Size], declared: Sequence[Size]) -> bool:
+    """Whether two grids are one but for leading axes of length 1; guards symbols to be equal."""
+    ours, theirs = _without_units(shown), _without_units(declared)
+    return len(ours) == len(theirs) and all(
+        holds(one == other) for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _without_units(grid: Sequence[Size]) -> Sequence[Size]:
+    first = next((i for i, size in enumerate(grid) if not is_known(size == 1)), len(grid))
+    return grid[first:]
+
+
+def _words(grid: Sequence[Size], prefix: Size, suffix: Size) -> str:
+    around = f" with prefix {prefix} and suffix {suffix}"
+    return f"the grid {times(grid)}{around}"
