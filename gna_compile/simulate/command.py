@@ -61,25 +61,8 @@ def simulate(
     console, errors = Console(), Console(stderr=True)
     try:
         model = {"prefix": prefix, "suffix": suffix, "heads": heads, "head_dim": head_dim}
-        given: dict[str, Any] = {key: value for key, value in model.items() if value is not None}
-        if grid:
-            given["grid"] = _numbers("--grid", grid)
-        sizes = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
-        parameters: dict[str, tuple[int, ...]] = {
-            name: _numbers(f"--{name}", text, least=0 if name == "causal" else 1)
-            for name, text in sizes.items()
-            if text
-        }
-        if "causal" in parameters:
-            if max(parameters["causal"]) > 1:
-                raise SimulateError(f"--causal {causal!r} must be 0 or 1 for each axis")
-            parameters["causal"] = tuple(map(bool, parameters["causal"]))
-        if target:
-            if parameters:
-                raise SimulateError(f"{target} has its own {', '.join(parameters)}: leave them out")
-            entries = named(target, given)
-        else:
-            entries = [_given(given, parameters, search)]
+        texts = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
+        entries = _entries(target, grid, model, texts, search)
         if attention_share is not None:
             entries = [replace(entry, attention_share=attention_share) for entry in entries]
         if dense_steps:
@@ -120,6 +103,29 @@ def simulate(
     except (SimulateError, PlanError, GeometryError, PolicyError) as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _entries(
+    target: str, grid: str, model: dict[str, int | None], texts: dict[str, str], search: bool
+) -> list[Entry]:
+    """What the options ask for: a named case or policy, or one problem."""
+    given: dict[str, Any] = {key: value for key, value in model.items() if value is not None}
+    if grid:
+        given["grid"] = _numbers("--grid", grid)
+    parameters: dict[str, tuple[int, ...]] = {
+        name: _numbers(f"--{name}", text, least=0 if name == "causal" else 1)
+        for name, text in texts.items()
+        if text
+    }
+    if "causal" in parameters:
+        if max(parameters["causal"]) > 1:
+            raise SimulateError(f"--causal {texts['causal']!r} must be 0 or 1 for each axis")
+        parameters["causal"] = tuple(map(bool, parameters["causal"]))
+    if not target:
+        return [_given(given, parameters, search)]
+    if parameters:
+        raise SimulateError(f"{target} has its own {', '.join(parameters)}: leave them out")
+    return named(target, given)
 
 
 def _given(model: dict[str, Any], parameters: dict[str, Any], search: bool) -> Entry:
