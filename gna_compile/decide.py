@@ -277,7 +277,7 @@ def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
     if rule.key_mask != "global_tokens":
         raise _Dense(Reason.MASK)
     if site.mask_form != "sdpa":
-        raise _Dense(Reason.MASK, "the mask of attention written out is an additive bias")
+        raise _Dense(Reason.MASK, "the mask of unfused attention is an additive bias")
     mask = site.mask.meta["example_value"]
     if mask.dtype != torch.bool:
         raise _Dense(Reason.MASK, f"a key mask is boolean, this one is {mask.dtype}")

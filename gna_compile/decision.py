@@ -16,7 +16,7 @@ class Decision:
 
     Attributes:
         site: the attention site.
-        layer: its layer's qualified name, as the policy was asked for it.
+        layer: its layer's fully qualified name, as the policy was asked for it.
         layout: how its tokens lie, if that is known.
         rule: index of the rule that matched, if one did.
         parameters: window, stride, dilation and causal, if the site is rewritten.

@@ -37,7 +37,7 @@ def check(provider: str, device: str) -> str | None:
             for name, a, b in zip(("output", "logsumexp"), actual, wanted, strict=True):
                 error = float((a.float() - b).norm() / b.norm())
                 if not error < _TOLERANCE:
-                    return f"{name} of {dtype}, head size {head_dim}: relative error {error:.3g}"
+                    return f"{name} of {dtype}, head_dim {head_dim}: relative error {error:.3g}"
     return None
 
 

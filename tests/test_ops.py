@@ -39,7 +39,7 @@ TEXT: dict[str, Any] = {"grid": (9,), "window": (3,), "dilation": (2,), "prefix"
 
 
 def tensors(kind: str, heads: int = 4, kv_heads: int = 2, tokens: int = 12) -> list[Tensor]:
-    """query, key, value of batch 2 and head size 8 in one memory layout."""
+    """query, key, value of batch 2 and head_dim 8 in one memory layout."""
 
     def one(heads: int) -> Tensor:
         if kind == "BSHD":

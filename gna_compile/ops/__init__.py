@@ -36,7 +36,7 @@ def neighborhood_attention(
     return_logsumexp: bool = False,
     provider: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Generalized neighbourhood attention over a grid of tokens, with global tokens around it.
+    """Generalized neighborhood attention over a grid of tokens, with global tokens around it.
 
     In place of `scaled_dot_product_attention`: the same tensors, and a window instead of a mask.
 

@@ -22,7 +22,7 @@ class Problem:
         batch: batch size.
         heads: query heads.
         kv_heads: key and value heads; divides `heads`.
-        head_dim: head size.
+        head_dim: elements of a head.
         neighborhood: the attention's geometry.
         has_key_mask: whether global keys may be hidden.
         query_strides: of the query [batch, heads, tokens, head_dim], in elements.

@@ -33,7 +33,7 @@ int32_t sees_in_tile(const Problem& problem, const QueryTile& query, int32_t row
     log2_inner += problem.axes[a].log2_key;
   }
   const bool sees = word >> column % 32 & 1;
-  // As the matrix unit sums it up: no element of one is not zero where the other's is not.
+  // As the tensor core sums it up: no element of one is not zero where the other's is not.
   uint32_t meets = 0;
   for (int32_t pair = 0; pair < 8 * bits.steps; ++pair)
     for (int32_t shift = 0; shift < 32; shift += 16)

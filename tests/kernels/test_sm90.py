@@ -130,8 +130,8 @@ def test_declines_say_why() -> None:
         declined(dtype=torch.float32) or ""
     )
     assert declined(head_dim=80) is None
-    assert "head size 84" in (declined(head_dim=84) or "")
-    assert "head size 136" in (declined(head_dim=136) or "")
+    assert "head_dim 84" in (declined(head_dim=84) or "")
+    assert "head_dim 136" in (declined(head_dim=136) or "")
     assert "contiguous" in (declined(key_strides=(262144, 65536, 1, 1024)) or "")
     assert "dilation" in (
         declined(neighborhood=Neighborhood.of((1024,), (16,), dilation=(16,))) or ""
@@ -170,7 +170,7 @@ def test_compiles_to_asynchronous_matrix_instructions(kernel: str, tmp_path: Pat
     if "Unsupported gpu architecture" in notices:
         pytest.skip("this nvcc does not know sm_90a")
     assert run.returncode == 0, notices
-    # setmaxnreg ignored, or matrix instructions serialised.
+    # setmaxnreg ignored, or matrix instructions serialized.
     assert not re.search("C75(08|10|11)", notices), notices
     assert notices.count(" 0 bytes spill stores, 0 bytes spill loads") == 2, notices
     functions = functions_of(cubin)

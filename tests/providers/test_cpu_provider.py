@@ -60,7 +60,7 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for change, reason in (
         ({"device": "cuda"}, "runs on cpu, not cuda"),
         ({"dtype": torch.float64}, "takes fp32, bf16 and fp16, not torch.float64"),
-        ({"head_dim": 257}, "head size 257 is larger than 256"),
+        ({"head_dim": 257}, "head_dim 257 is larger than 256"),
     ):
         assert Cpu().supports(problem(neighborhood, **change)) == reason
     monkeypatch.setattr(cpu, "_available", False)

@@ -54,7 +54,7 @@ def test_without_a_fast_provider_a_site_stays_dense() -> None:
         block.attn.heads = 4  # of size 8: too small for FlexAttention
     rows = gna_compile.explain(model, x, policy=policy(), quiet=True).rows
     assert {row.reason for row in rows} == {"no-fast-provider"}
-    assert all("head size 8" in row.detail and "portable" in row.detail for row in rows)
+    assert all("head_dim 8" in row.detail and "portable" in row.detail for row in rows)
 
 
 @needs_flex

@@ -38,7 +38,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_right_kernel_passes_and_a_wrong_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert self_check.check("portable", "cpu") is None
     monkeypatch.setattr(providers, "PROVIDERS", [Wrong(), Portable()])
-    assert "output of torch.bfloat16, head size 64" in (self_check.check("wrong", "cpu") or "")
+    assert "output of torch.bfloat16, head_dim 64" in (self_check.check("wrong", "cpu") or "")
 
 
 def python(code: str) -> list[str]:
@@ -79,7 +79,7 @@ def test_a_result_is_kept_by_library_and_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[list[str]] = []
-    results = ["logsumexp of torch.float16, head size 64: relative error nan", None]
+    results = ["logsumexp of torch.float16, head_dim 64: relative error nan", None]
 
     def run(command: list[str], timeout: float) -> Outcome:
         asked.append(command)

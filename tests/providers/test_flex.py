@@ -270,7 +270,7 @@ def test_supports_says_why_not() -> None:
     assert Flex().supports(problem(neighborhood)) == "runs on cuda, not cpu"
     declines = Flex().declines
     assert declines(problem(neighborhood, head_dim=96)) is None
-    assert declines(problem(neighborhood)) == "head size 8 is not between 16 and 256"
+    assert declines(problem(neighborhood)) == "head_dim 8 is not between 16 and 256"
     double = problem(neighborhood, dtype=torch.float64, head_dim=64)
     assert declines(double) == "takes fp32, bf16 and fp16, not torch.float64"
     if not torch.cuda.is_available():
@@ -307,7 +307,7 @@ def test_old_and_small_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         *[None] * 4,
     ]
     assert wide is not None
-    assert wide.startswith("head size 192 needs 163840 bytes of shared memory, not 101376")
+    assert wide.startswith("head_dim 192 needs 163840 bytes of shared memory, not 101376")
 
 
 def test_a_cpu_is_served_as_before() -> None:

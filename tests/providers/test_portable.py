@@ -205,7 +205,7 @@ class Picky:
     fast_on = frozenset({"cuda"})
 
     def supports(self, problem: Problem) -> str | None:
-        return None if problem.head_dim == 8 else f"head size {problem.head_dim} is not 8"
+        return None if problem.head_dim == 8 else f"head_dim {problem.head_dim} is not 8"
 
     def forecast(self, problem: Problem) -> Forecast:
         return Forecast()
@@ -227,9 +227,9 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(takes, name="portable") is slow
     on_cuda = problem(neighborhood, head_dim=16, device="cuda")
     declined = choose(on_cuda, allow_slow=False)
-    assert declined == Declined({"picky": "head size 16 is not 8", "portable": "not fast on cuda"})
-    assert str(declined) == "picky: head size 16 is not 8; portable: not fast on cuda"
-    assert choose(on_cuda, name="picky") == Declined({"picky": "head size 16 is not 8"})
+    assert declined == Declined({"picky": "head_dim 16 is not 8", "portable": "not fast on cuda"})
+    assert str(declined) == "picky: head_dim 16 is not 8; portable: not fast on cuda"
+    assert choose(on_cuda, name="picky") == Declined({"picky": "head_dim 16 is not 8"})
     with pytest.raises(ValueError, match="no provider 'fast'; there are 'picky', 'portable'"):
         choose(takes, name="fast")
 

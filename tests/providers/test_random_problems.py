@@ -122,7 +122,7 @@ class RandomProblem:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """Fills all uninitialised memory with NaN."""
+    """Fills all uninitialized memory with NaN."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -195,7 +195,7 @@ def random_attention(seed: int, name: str) -> Attention:
     axes = []
     for query_box, key_box in zip(query_boxes, key_boxes, strict=True):
         length = rng.randint(1, longest)
-        # What the copy engine's element strides and boxes allow.
+        # What TMA's element strides and boxes allow.
         box = max(query_box, key_box)
         most = min(length, 8, 256 >> box) if dilated else 1
         dilation = rng.randint(1, most)

@@ -22,7 +22,7 @@ class PtxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Counts:
-    """What launches have done: instructions of warps, products of a matrix unit, boxes copied."""
+    """What launches have done: instructions of warps, products of a tensor core, boxes copied."""
 
     instructions: int
     products: int
@@ -101,7 +101,7 @@ def run(
         parameters: laid out as the entry declares them.
 
     Raises:
-        PtxError: the program breaks a rule, or contains what is not modelled.
+        PtxError: the program breaks a rule, or contains what is not modeled.
     """
     code = _library().ptx_run(
         text.encode(), kernel.encode(), blocks, threads, dynamic_shared, parameters, len(parameters)

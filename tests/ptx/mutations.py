@@ -1,4 +1,4 @@
-"""Bugs to plant in the kernels: each must be caught. README.md says how they are caught.
+"""Mutants of the kernels: each must be caught. README.md says how they are caught.
 
 A mutation is an edit of the CUDA source. An edited kernel is compiled to PTX and takes the place of the
 true one, the host code staying as it is; or the host code is edited, and the kernels stay.
@@ -220,7 +220,7 @@ MUTATIONS = [
         "        if (ended) release(queries.empty);\n        if (tile",
     ),
     _sm90(
-        "the coordinates of keys are not shown to the matrix unit",
+        "the coordinates of keys are not shown to the tensor core",
         FORWARD,
         "    fence_shared_for_copies();\n  }\n  __syncthreads();",
         "  }\n  __syncthreads();",
@@ -239,7 +239,7 @@ MUTATIONS = [
         "if (takes_turn) await_turn(half);",
     ),
     _sm90(
-        "masks are written while the matrix unit reads them",
+        "masks are written while the tensor core reads them",
         FORWARD,
         "            find_hidden(parameters, rows, next, masked_axes(next, shift), hidden);\n",
         "            find_hidden(parameters, rows, next, masked_axes(next, shift), hidden);\n"
@@ -280,7 +280,7 @@ MUTATIONS = [
         problem="long",
     ),
     _sm90(
-        "the matrix unit steps through a row by 16 bytes",
+        "the tensor core steps through a row by 16 bytes",
         FORWARD,
         "k % 4 * 32) >> 4",
         "k % 4 * 16) >> 4",
@@ -298,7 +298,7 @@ MUTATIONS = [
         "barrier_init(works.empty + slot, computing_warps + 1)",
     ),
     _sm90(
-        "barriers are not shown to the copy engine",
+        "barriers are not shown to TMA",
         FORWARD,
         "    barrier_init_fence();\n",
         "",
@@ -311,7 +311,7 @@ MUTATIONS = [
         "  if (threadIdx.x < 128)",
     ),
     _sm90(
-        "more registers than a multiprocessor has",
+        "more registers than an SM has",
         FORWARD,
         "take_registers<232>();",
         "take_registers<240>();",
@@ -341,7 +341,7 @@ MUTATIONS = [
         "  return true;",
     ),
     _sm90(
-        "values without what is not finite are not shown to the matrix unit",
+        "values without what is not finite are not shown to the tensor core",
         FORWARD,
         "    fence_shared_for_copies();\n    return found;",
         "    return found;",
@@ -558,7 +558,7 @@ MUTATIONS = [
         problem="careful",
     ),
     _sm100(
-        "more registers than a multiprocessor has",
+        "more registers than an SM has",
         FORWARD,
         "take_registers<Shape::soften_registers>();",
         "take_registers<Shape::soften_registers + 8>();",

@@ -57,14 +57,14 @@ def test_an_mbarrier_hands_over() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("mov.u32 %r3, 0;", "mov.u32 %r3, 1;", "nothing has written|without a synchronisation"),
+        ("mov.u32 %r3, 0;", "mov.u32 %r3, 1;", "nothing has written|without a synchronization"),
         ("b64 [%r2], 32;", "b64 [%r2], 33;", "deadlock"),
-        ("b64 [%r2], 32;", "b64 [%r2], 31;", "without a synchronisation"),
-        ("ready:\nbar.sync 0;", "ready:", "there is no mbarrier|initialised without"),
+        ("b64 [%r2], 32;", "b64 [%r2], 31;", "without a synchronization"),
+        ("ready:\nbar.sync 0;", "ready:", "there is no mbarrier|initialized without"),
         ("ld.shared.u32 %r1, [%r5+64]", "ld.shared.u32 %r1, [%r5]", "part of an mbarrier"),
         ("_, [%r2];", "_, [%r2+4];", "not a multiple of 8"),
         ("_, [%r2];", "_, [%r2+8];", "there is no mbarrier"),
-        ("_, [%r2];", "_, [%r2], 2;", "deadlock|without a synchronisation"),
+        ("_, [%r2];", "_, [%r2], 2;", "deadlock|without a synchronization"),
     ],
 )
 def test_misuse_of_an_mbarrier(old: str, new: str, says: str) -> None:
@@ -109,7 +109,7 @@ def test_named_barriers_count_threads() -> None:
         execute(body.replace("3, 64", "3, 96") + STORE, threads=64)
     with pytest.raises(interpreter.PtxError, match="deadlock"):
         execute(body.replace("bar.arrive 3, 64;", "") + STORE, threads=64)
-    with pytest.raises(interpreter.PtxError, match=r"where others expect|a synchronisation since"):
+    with pytest.raises(interpreter.PtxError, match=r"where others expect|a synchronization since"):
         execute(body.replace("sync 3, 64", "sync 3, 32") + STORE, threads=64, schedule=1)
     reduce = "setp.eq.s32 %p1, %r0, N; bar.red.or.pred %p2, 1, 64, %p1; selp.b32 %r1, 1, 0, %p2;"
     assert execute(reduce.replace("N", "40") + STORE, threads=64).tolist() == [1] * 64

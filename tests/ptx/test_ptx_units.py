@@ -1,4 +1,4 @@
-"""The copy engine and both matrix units, driven by PTX."""
+"""TMA and both tensor cores, driven by PTX."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def test_boxes_are_copied_swizzled_and_clipped() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("fence.mbarrier_init.release.cluster;", "", "without a fence for the copy engine"),
+        ("fence.mbarrier_init.release.cluster;", "", "without a fence for TMA"),
         ("fence.proxy.async.shared::cta;", "", "without a fence.proxy.async"),
-        ("shared::cta;\nbar.sync 0;", "shared::cta;", "without a synchronisation"),
+        ("shared::cta;\nbar.sync 0;", "shared::cta;", "without a synchronization"),
         ("[%r2], 8192;", "[%r2], 8176;", "deadlock"),
         ("[%r2], 8192;", "[%r2], 8208;", "deadlock"),
         ("cp.async.bulk.wait_group.read 0;", "", "may still read shared memory"),
@@ -124,7 +124,7 @@ def test_misuse_of_the_copy_engine(old: str, new: str, says: str) -> None:
 
 
 def test_waiting_is_what_makes_a_copy_visible() -> None:
-    fails(copy, COPY_THERE_AND_BACK, WAIT, "", "still going to write|without a synchronisation")
+    fails(copy, COPY_THERE_AND_BACK, WAIT, "", "still going to write|without a synchronization")
 
 
 def test_what_no_host_memory_holds_is_not_copied() -> None:
@@ -194,7 +194,7 @@ def test_wgmma_multiplies() -> None:
         ("wgmma.wait_group.sync.aligned 0;", "", "has not finished with"),
         ("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", "not finished"),
         ("wgmma.commit_group.sync.aligned;", "", "not finished"),
-        (WAIT, "", "still going to write|without a synchronisation"),
+        (WAIT, "", "still going to write|without a synchronization"),
         ("0x40000040", "0x40000041", "breaks the swizzle"),
         ("mov.u32 %r5, %r4;", "add.s32 %r5, %r4, 128;", "base offset"),
         ("setp.eq.s32 %p1, %r0, 1000;", "setp.eq.s32 %p1, %r0, 1;", "differs among the lanes"),

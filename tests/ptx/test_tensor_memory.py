@@ -52,7 +52,7 @@ class Memory:
         call("unit_deallocate", self.handle, address, columns)
 
     def write(self, lane: int, column: int, bits: Words) -> None:
-        """Neighbouring columns of a lane."""
+        """Neighboring columns of a lane."""
         bits = np.ascontiguousarray(bits, np.uint32)
         call("unit_tensor_write", self.handle, lane, column, bits.size, bits)
 
@@ -479,7 +479,7 @@ def test_products_that_break_a_rule(memory: Memory) -> None:
 
 
 def test_attention_products(memory: Memory) -> None:
-    """Scores and output of the Blackwell kernel: boxes, descriptors, steps, columns; head size 128."""
+    """Scores and output of the Blackwell kernel: boxes, descriptors, steps, columns; head_dim 128."""
     rng = np.random.default_rng(5)
     query, key, value = (rounded(True, rng.standard_normal((128, 128))) for _ in range(3))
     shared = np.zeros(128 * 1024, np.uint8)

@@ -81,7 +81,7 @@ def test_rounding_to_16_bits(bf16: bool) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     numbers = to_float(bf16, bits)
     finite = numbers[np.isfinite(numbers)]
-    # The numbers themselves, the ties between neighbours, what is just beside those, and noise.
+    # The numbers themselves, the ties between neighbors, what is just beside those, and noise.
     with np.errstate(over="ignore"):
         ties = ((finite[:-1].astype(np.float64) + finite[1:]) / 2).astype(np.float32)
         beside = [np.nextafter(ties, np.float32(s * np.inf)) for s in (-1, 1)]
@@ -334,7 +334,7 @@ def test_copies_that_break_a_rule() -> None:
             call(function, aligned_bytes(128, 64), at, shared, 4096, 0)
     narrow = sound(address=pointer(memory), box=[32, 8], swizzle=3)
     assert narrow.encode() == 0
-    with pytest.raises(Fault, match="not modelled"):
+    with pytest.raises(Fault, match="not modeled"):
         call("unit_load_box", narrow.map, at, shared, 4096, 0)
 
 
@@ -620,7 +620,7 @@ def test_products_that_break_a_rule() -> None:
 
 
 def test_attention_products() -> None:
-    """Scores and output of the Hopper kernel: its boxes, descriptors and steps, head size 128."""
+    """Scores and output of the Hopper kernel: its boxes, descriptors and steps, head_dim 128."""
     rng = np.random.default_rng(2)
     query, key, value = (rounded(True, rng.standard_normal((n, 128))) for n in (64, 128, 128))
     shared = np.zeros(128 * 1024, np.uint8)

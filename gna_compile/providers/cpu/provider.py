@@ -61,7 +61,7 @@ class Cpu:
         if problem.dtype not in _TYPES:
             return f"takes fp32, bf16 and fp16, not {problem.dtype}"
         if problem.head_dim > _MAX_HEAD_DIM:
-            return f"head size {problem.head_dim} is larger than {_MAX_HEAD_DIM}"
+            return f"head_dim {problem.head_dim} is larger than {_MAX_HEAD_DIM}"
         return None
 
     def forecast(self, problem: Problem) -> Forecast:

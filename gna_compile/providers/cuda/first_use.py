@@ -1,6 +1,6 @@
-"""The first use of a native kernel on a model of GPU that it has not been proven on.
+"""The self-test of a native kernel at its first use on a GPU model that it is not tested on.
 
-A process of its own runs small problems through the kernel and compares them with the portable
+A separate process runs small problems through the kernel and compares them with the portable
 provider: a kernel that hangs or corrupts its context takes that process along and no other. What
 came of it is kept on disk, by GPU model, driver and the kernel's library, so it costs a few seconds
 once; a process that never got to the kernel (no memory left on the GPU, a GPU that takes one process
@@ -90,7 +90,7 @@ def command(provider: str, device: str) -> list[str]:
 
 
 def run(command: Sequence[str], timeout: float) -> Outcome:
-    """Runs the check in a process of its own, for at most `timeout` seconds."""
+    """Runs the check in a separate process, for at most `timeout` seconds."""
     environment = {**os.environ, SWITCH: "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         process = subprocess.Popen(

@@ -44,7 +44,7 @@ from gna_compile.providers.problem import (
 
 _TYPES = {torch.bfloat16: BF16, torch.float16: FP16}
 _HEAD_DIMS = range(8, 129, 8)
-_KERNEL_HEAD_DIMS = (64, 128)  # other sizes cost as much as the next of the two
+_KERNEL_HEAD_DIMS = (64, 128)  # other values cost as much as the next of the two
 _ALIGNMENT = 16  # bytes
 
 # With a scale of 0 a hidden score, minus infinity, would become NaN.
@@ -82,7 +82,7 @@ class NativeCuda:
         if problem.dtype not in _TYPES:
             return f"takes bf16 and fp16, not {problem.dtype}"
         if problem.head_dim not in _HEAD_DIMS:
-            return f"head size {problem.head_dim} is not a multiple of 8 up to {_HEAD_DIMS[-1]}"
+            return f"head_dim {problem.head_dim} is not a multiple of 8 up to {_HEAD_DIMS[-1]}"
         try:
             _boxes(problem, self.name)
         except PlanError as error:
@@ -167,7 +167,7 @@ def workload_of(problem: Problem) -> Workload:
     return Workload(
         problem.neighborhood.merged,
         heads=problem.batch * problem.heads,
-        # The kernels compute the columns up to the next of their head sizes, too.
+        # The kernels also compute the columns up to the next head_dim that they have.
         head_dim=next(
             (size for size in _KERNEL_HEAD_DIMS if size >= problem.head_dim), problem.head_dim
         ),
@@ -225,7 +225,7 @@ def _is_writable(name: str, problem: Problem, strides: tuple[int, ...]) -> bool:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where its address is not what the copy engine needs."""
+    """The tensor, or a copy where its address is not what TMA needs."""
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 

@@ -71,7 +71,7 @@ class Flex:
             return f"takes fp32, bf16 and fp16, not {problem.dtype}"
         if problem.head_dim not in _HEAD_DIMS:
             return (
-                f"head size {problem.head_dim} is not between {_HEAD_DIMS[0]} and {_HEAD_DIMS[-1]}"
+                f"head_dim {problem.head_dim} is not between {_HEAD_DIMS[0]} and {_HEAD_DIMS[-1]}"
             )
         return None
 
@@ -121,7 +121,7 @@ def _unusable_on(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
     shared = properties.shared_memory_per_block_optin
     if head_dim > _SMALL_HEAD_DIM and shared < _LARGE_SHARED:
         return (
-            f"head size {head_dim} needs {_LARGE_SHARED} bytes of shared memory, not {shared}: "
+            f"head_dim {head_dim} needs {_LARGE_SHARED} bytes of shared memory, not {shared}: "
             f"PyTorch's kernels for more than {_SMALL_HEAD_DIM} do not fit"
         )
     return None

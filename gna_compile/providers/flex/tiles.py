@@ -172,7 +172,7 @@ def _windows(axis: Axis) -> Tensor:
 
 
 def _visits(axis: Axis, extent: int) -> Tensor:
-    """Query tile, key tile and whether it is interior, int64 [3, visited]; dilation 1."""
+    """Query tile, key tile and whether it is a full block, int64 [3, visited]; dilation 1."""
     spans = []
     for start in range(0, axis.length, extent):
         queries = range(start, min(start + extent, axis.length))

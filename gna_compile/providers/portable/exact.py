@@ -1,6 +1,6 @@
 """Attention within a tile by matrix products and a softmax: hidden values stay out, whatever they are.
 
-There is no branch on data and no host synchronisation on a GPU, so that a CUDA graph can capture it.
+There is no branch on data and no host synchronization on a GPU, so that a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def product(weights: Tensor, values: Tensor, hidden: Tensor | None, positive: bo
     Args:
         weights: [batch, heads, m, n], 0 where hidden.
         values: [batch, heads, n, D].
-        hidden: bool, broadcastable to weights' shape, m and n written out.
+        hidden: bool, broadcastable to weights' shape, with m and n as dimensions.
         positive: whether the weights are at least 0, so that a visible inf stays that inf;
             otherwise any visible non-finite value gives NaN.
     """

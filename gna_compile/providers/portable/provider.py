@@ -7,7 +7,7 @@ grid at a time, and a mask is never larger than one tile. Two ways to attend wit
   0 x NaN and -inf + NaN then let hidden values through, so it serves only inputs whose logits are
   all finite, which is checked first.
 - *exact*: matrix products and a softmax in fp32 (fp64 for fp64), which keep hidden values out
-  whatever they are. There is no branch on data and no host synchronisation in it, so it can be
+  whatever they are. There is no branch on data and no host synchronization in it, so it can be
   captured in a CUDA graph.
 """
 

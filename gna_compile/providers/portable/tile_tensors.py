@@ -22,7 +22,7 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised and contiguous; what was taken under this name before is lost."""
+        """Uninitialized and contiguous; what was taken under this name before is lost."""
         numel = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < numel:

@@ -16,7 +16,7 @@ from gna_compile.geometry import Axis, Neighborhood
 
 # Costs in units of one (query, key) pair of one head; measured with PyTorch's CPU kernel.
 _MASKED_PAIR = 0.1  # what a mask adds to a pair
-_GATHERED_KEY = 24.0  # copying one key and value out of the grid, and the matrix unit's ramp
+_GATHERED_KEY = 24.0  # copying one key and value out of the grid, and the tensor core's ramp
 _TILE = 2000.0  # calling the operators of one tile, shared by about a dozen heads
 
 MAX_MASK = 1 << 22
@@ -165,7 +165,7 @@ def _cuts(axis: Axis, merge: bool) -> list[_Cut]:
 
 
 def _tiles(axis: Axis, size: int, merge: bool) -> Iterator[AxisTile]:
-    """Boxes of `size` queries in every dilation group; maybe neighbours of one window merged."""
+    """Boxes of `size` queries in every dilation group; maybe neighbors of one window merged."""
     for offset in range(axis.dilation):
         group = axis.group(offset)
         open_tile: AxisTile | None = None

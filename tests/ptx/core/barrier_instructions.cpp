@@ -35,7 +35,7 @@ void arrive(Warp& warp, NamedBarrier& barrier, uint32_t count, bool any) {
 }
 
 // bar.sync and bar.red: whether the barrier is complete.
-bool synchronise(Warp& warp, uint32_t mask, const NamedOperands& operands, bool any) {
+bool synchronize(Warp& warp, uint32_t mask, const NamedOperands& operands, bool any) {
   warp.must_be_whole(mask);
   const auto id = static_cast<uint32_t>(warp.uniform(operands.id));
   if (id >= 16) fault("there is no barrier %u", id);
@@ -63,7 +63,7 @@ Handler decode_bar(Instruction& i) {
     need_operands(i, 1, 2);
     all_are_read(i);
     const NamedOperands operands{i.operands[0], i.operands.back(), i.operands.size() == 2};
-    return [=](Warp& warp, uint32_t mask) { return synchronise(warp, mask, operands, false); };
+    return [=](Warp& warp, uint32_t mask) { return synchronize(warp, mask, operands, false); };
   }
   if (what == "arrive") {
     modifiers.done();
@@ -86,7 +86,7 @@ Handler decode_bar(Instruction& i) {
   return [o = i.operands](Warp& warp, uint32_t mask) {
     bool any = false;
     for_each_lane(mask, [&](uint32_t lane) { any |= warp.predicate(o[3], lane); });
-    if (!synchronise(warp, mask, {o[1], o[2], true}, any)) return false;
+    if (!synchronize(warp, mask, {o[1], o[2], true}, any)) return false;
     const auto id = static_cast<uint32_t>(warp.uniform(o[1]));
     for_each_lane(mask,
                   [&](uint32_t lane) { warp.set(o[0], lane, warp.block.named[id].any_before); });
@@ -105,7 +105,7 @@ Mbarrier& known_barrier(Warp& warp, const Operand& operand, uint32_t lane) {
   Mbarrier& barrier = warp.block.barrier(address);
   if (barrier.init_thread != warp.thread_index(lane) &&
       warp.thread(lane).knows.seen[barrier.init_thread] < barrier.init_clock)
-    fault("the mbarrier has been initialised without a synchronisation since");
+    fault("the mbarrier has been initialized without a synchronization since");
   return barrier;
 }
 
@@ -147,7 +147,7 @@ Handler decode_mbarrier(Instruction& i) {
   if (what == "arrive") {
     need_operands(i, expects ? 3 : 2, 3);
     if (i.operands[0].kind != Operand::Kind::sink)
-      fault("the state of an mbarrier is not modelled");
+      fault("the state of an mbarrier is not modeled");
     all_are_read(i);
     return [expects, o = i.operands](Warp& warp, uint32_t mask) {
       for_each_lane(mask, [&](uint32_t lane) {
@@ -179,7 +179,7 @@ Handler decode_mbarrier(Instruction& i) {
       return true;
     };
   }
-  fault("this mbarrier instruction is not modelled");
+  fault("this mbarrier instruction is not modeled");
 }
 
 // Fences ------------------------------------------------------------------------------------------

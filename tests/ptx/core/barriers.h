@@ -18,7 +18,7 @@ struct Mbarrier {
   int64_t bytes = 0;   // tx-count
   uint32_t phase = 0;  // the current, incomplete one
   uint32_t init_thread, init_clock;
-  bool open_to_copies = false;  // by a fence since the initialisation
+  bool open_to_copies = false;  // by a fence since the initialization
   Knowledge arriving, completed;
 
   // The range of the tx-count, 9.7.13.15.3.

@@ -1,6 +1,6 @@
 // What a thread knows of what others did: vector clocks, after Mattern and Fidge.
 //
-// An access is visible to a thread if a chain of synchronisation leads from it to that thread
+// An access is visible to a thread if a chain of synchronization leads from it to that thread
 // ("base causality order", PTX ISA 8.9.4, "Causality order"). Each warp counts its instructions; an
 // entry of a clock is the count up to which the owner knows what the slot's thread did. Slots
 // beyond the threads stand for asynchronous work: one for each mbarrier (its phases), one for the

@@ -1,4 +1,4 @@
-// The copy engine: boxes of tensors between global and shared memory.
+// TMA: boxes of tensors between global and shared memory.
 //
 // PTX ISA 9.7.9.25 "cp.async.bulk" (completion mechanisms, bulk async-groups), 9.7.9.27
 // "cp.async.bulk.tensor".
@@ -56,7 +56,7 @@ void start_load(Warp& warp, const Instruction& i, uint32_t rank, uint32_t lane) 
   const uint32_t to = shared_address(warp, i.operands[0], lane);
   const uint32_t barrier_address = shared_address(warp, i.operands[2], lane);
   if (!block.barrier(barrier_address).open_to_copies)
-    fault("the mbarrier at %u has been initialised without a fence for the copy engine since",
+    fault("the mbarrier at %u has been initialized without a fence for TMA since",
           barrier_address);
   const BoxCopy copy = touched(box.map, box.coordinates, to);
   check_global(block, copy, false);
@@ -190,7 +190,7 @@ Handler decode_copy(Instruction& i) {
   if (i.opcode.size() > 3 && i.opcode[3] == "tensor") return decode_tensor_copy(i);
   if (i.opcode.size() == 4 && i.opcode[3] == "commit_group") return decode_commit(i);
   if (i.opcode.size() > 3 && i.opcode[3] == "wait_group") return decode_wait(i);
-  fault("this copy is not modelled");
+  fault("this copy is not modeled");
 }
 
 }  // namespace gna::ptx

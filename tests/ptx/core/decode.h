@@ -29,7 +29,7 @@ class Modifiers {
     return true;
   }
   void need(const std::string& part) {
-    if (!take(part)) fault("modifier .%s is missing: no other form is modelled", part.c_str());
+    if (!take(part)) fault("modifier .%s is missing: no other form is modeled", part.c_str());
   }
   std::string take_first() {
     if (parts_.empty()) fault("a modifier is missing");

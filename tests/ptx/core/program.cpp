@@ -138,7 +138,7 @@ class Parser {
   void variable(Space space) {
     uint32_t alignment;
     const Parameter made = declaration(alignment);
-    if (!at(";")) fault("variable %s has an initialiser, which is not modelled", made.name.c_str());
+    if (!at(";")) fault("variable %s has an initializer, which is not modeled", made.name.c_str());
     expect(";");
     if (space == Space::global) {
       program_.globals.push_back(std::make_unique<std::vector<uint8_t>>(made.bytes + 256));

@@ -199,7 +199,7 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
     *value = runtime().capability[attribute - major];
   else
     return fail(invalid_value,
-                "device attribute " + std::to_string(attribute) + " is not modelled");
+                "device attribute " + std::to_string(attribute) + " is not modeled");
   return success;
 }
 int cudaFuncSetAttribute(const void* stub, int attribute, int value) {
@@ -247,7 +247,7 @@ void ptx_register_memory(uint64_t address, uint64_t bytes, int writable) {
 
 const char* ptx_message() { return runtime().message.c_str(); }
 
-// Instructions, products of a matrix unit, loads and stores of boxes since the configuration.
+// Instructions, products of a tensor core, loads and stores of boxes since the configuration.
 void ptx_statistics(uint64_t* counts) {
   const Statistics& statistics = runtime().statistics;
   const uint64_t all[] = {statistics.instructions, statistics.products, statistics.loads,

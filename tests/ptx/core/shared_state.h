@@ -31,7 +31,7 @@ class SharedState {
       if (last.line == 0) fault("reads byte %u of shared memory, which nothing has written", b);
       if (last.slot != thread && knows.seen[last.slot] < last.clock)
         fault(
-            "reads byte %u of shared memory, which %s has written without a synchronisation since",
+            "reads byte %u of shared memory, which %s has written without a synchronization since",
             b, author(last).c_str());
       reads_[thread / 32][b] = clock;
     }
@@ -46,7 +46,7 @@ class SharedState {
       check_idle(b, "writes");
       if (last.slot != thread && knows.seen[last.slot] < last.clock)
         fault(
-            "writes byte %u of shared memory, which %s has written without a synchronisation since",
+            "writes byte %u of shared memory, which %s has written without a synchronization since",
             b, author(last).c_str());
       check_read(b, knows, thread / 32, "writes");
       last = {thread, clock, line, last.reading, false, false};
@@ -158,7 +158,7 @@ class SharedState {
     if (last.slot != thread && knows.seen[last.slot] < last.clock)
       fault(
           "has an asynchronous unit %s byte %u of shared memory, which %s has written without a "
-          "synchronisation since",
+          "synchronization since",
           doing, b, author(last).c_str());
     if (last.slot < slots_.threads && knows.proxied[last.slot] < last.clock)
       fault(
@@ -174,7 +174,7 @@ class SharedState {
       if (clock == 0 || warp == own_warp) continue;
       const auto first = knows.seen.begin() + 32 * warp;
       if (*std::max_element(first, first + 32) < clock)
-        fault("%s byte %u of shared memory, which warp %u has read without a synchronisation since",
+        fault("%s byte %u of shared memory, which warp %u has read without a synchronization since",
               doing, b, warp);
     }
     if (!tensor_reads_.empty() && knows.seen[slots_.tensor_core()] < tensor_reads_[b])

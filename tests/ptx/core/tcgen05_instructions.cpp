@@ -1,4 +1,4 @@
-// Blackwell's matrix unit and its tensor memory.
+// Blackwell's tensor core and its tensor memory.
 //
 // PTX ISA 9.7.16, "TensorCore 5th generation family instructions": 9.7.16.6 (memory consistency:
 // which instructions wait for, fence or pipeline others), .7 (allocation), .8 (ld, st, wait), .10
@@ -410,7 +410,7 @@ Handler decode_commit(Instruction& i, Modifiers& modifiers) {
     const uint32_t lane = only_lane(mask), core = block.slots.tensor_core();
     const auto address = static_cast<uint32_t>(warp.address(o[0], lane));
     if (!block.barrier(address).open_to_copies)
-      fault("the mbarrier at %u has been initialised without a fence for asynchronous units since",
+      fault("the mbarrier at %u has been initialized without a fence for asynchronous units since",
             address);
     Knowledge known = warp.thread(lane).knows;
     known.seen[core] = known.tensor[core] = block.tensor->products;

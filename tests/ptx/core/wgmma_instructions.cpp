@@ -1,4 +1,4 @@
-// Hopper's matrix unit: products of a warpgroup, which run beside its warps.
+// Hopper's tensor core: products of a warpgroup, which run beside its warps.
 //
 // PTX ISA 9.7.15, "Asynchronous warpgroup level matrix instructions": 9.7.15.7.1 "wgmma.fence", .2
 // "wgmma.commit_group", .3 "wgmma.wait_group", 9.7.15.5.2 "wgmma.mma_async".

@@ -1,4 +1,4 @@
-// Small matrix products, as the matrix units of both architectures make them.
+// Small matrix products, as the tensor cores of both architectures make them.
 #pragma once
 
 #include <cstdint>

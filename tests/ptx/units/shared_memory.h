@@ -67,7 +67,7 @@ inline void merge(ByteRanges& ranges) {
   ranges.resize(kept);
 }
 
-// Adds a range at the end; neighbours that continue each other become one at once.
+// Adds a range at the end; neighbors that continue each other become one at once.
 inline void add(ByteRanges& ranges, uint64_t begin, uint64_t end) {
   if (!ranges.empty() && ranges.back().end == begin)
     ranges.back().end = end;

@@ -210,7 +210,7 @@ int unit_tensor_access(int shape, uint32_t repeat, int packed, uint32_t address,
   });
 }
 
-// Neighbouring columns of a lane, whoever may access them.
+// Neighboring columns of a lane, whoever may access them.
 void unit_tensor_write(TensorMemory* memory, uint32_t lane, uint32_t column, uint32_t count,
                        const uint32_t* bits) {
   for (uint32_t i = 0; i < count; ++i) memory->write(lane, column + i, bits[i]);

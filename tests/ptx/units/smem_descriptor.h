@@ -47,7 +47,7 @@ inline SmemDescriptor offsets(uint64_t bits, Swizzle swizzle, const char* unit) 
   must_be(bits, 30, 2, 0, unit);
   if (const uint32_t base_offset = field(bits, 49, 3))
     fault("%s descriptor %#018" PRIx64 ": base offset %u; only patterns that start at a multiple of "
-          "%u are modelled",
+          "%u are modeled",
           unit, bits, base_offset, pattern_bytes(swizzle));
   return {field(bits, 0, 14) << 4, field(bits, 16, 14) << 4, field(bits, 32, 14) << 4, swizzle};
 }
@@ -81,7 +81,7 @@ inline SmemDescriptor decode_sm100(uint64_t bits) {
       case 6:
         return Swizzle::b32;
       case 1:
-        fault("tcgen05 descriptor %#018" PRIx64 ": swizzle of 32-byte atoms is not modelled", bits);
+        fault("tcgen05 descriptor %#018" PRIx64 ": swizzle of 32-byte atoms is not modeled", bits);
       default:
         fault("tcgen05 descriptor %#018" PRIx64 ": there is no swizzle mode %u", bits, mode);
     }

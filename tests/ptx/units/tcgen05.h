@@ -1,7 +1,7 @@
 // tcgen05.mma of kind::f16 in one block (cta_group::1), dense, with fp32 accumulators.
 //
 // PTX ISA 9.7.16.4.2, "Instruction descriptor", and 9.7.16.10, "TensorCore 5th generation matrix
-// multiply and accumulate operations". The core decides when an operation takes place. Not modelled,
+// multiply and accumulate operations". The core decides when an operation takes place. Not modeled,
 // and refused: fp16 accumulators, sparsity, factors of two types, .ws, disabled lanes, scaled input.
 #pragma once
 
@@ -25,15 +25,15 @@ inline InstructionDescriptor decode_instruction(uint32_t bits) {
   const auto refuse = [&](const char* text) {
     fault("instruction descriptor %#010x of tcgen05.mma: %s", bits, text);
   };
-  if (field(2, 1) != 0) refuse("sparsity is not modelled");
+  if (field(2, 1) != 0) refuse("sparsity is not modeled");
   if (field(0, 2) != 0) refuse("a sparsity selector without sparsity");
   if (field(3, 1) != 0) refuse("saturation is for integers");
-  if (field(4, 2) == 0) refuse("fp16 accumulators are not modelled");
+  if (field(4, 2) == 0) refuse("fp16 accumulators are not modeled");
   if (field(4, 2) != 1) refuse("the type of D");
   if (field(6, 1) != 0 || field(23, 1) != 0 || field(29, 1) != 0) refuse("reserved bits");
   if (field(30, 2) != 0) refuse("a maximum shift is for .ws");
   if (field(7, 3) > 1 || field(10, 3) > 1) refuse("the type of A or B");
-  if (field(7, 3) != field(10, 3)) refuse("factors of two types are not modelled");
+  if (field(7, 3) != field(10, 3)) refuse("factors of two types are not modeled");
   const uint32_t n = field(17, 6) * 8, m = field(24, 5) * 16;
   if (m != 64 && m != 128) refuse("M is neither 64 nor 128");
   if (n < 8 || n > 256 || n % (m == 128 ? 16 : 8) != 0)

@@ -2,7 +2,7 @@
 //
 // CUDA driver API, cuTensorMapEncodeTiled (the rules in its documentation, in cuda.h); PTX ISA 5.5,
 // "Tensors" (bounding box, traversal stride, out-of-boundary access, swizzles), and
-// "cp.async.bulk.tensor". Not modelled, and refused: im2col, interleaved layouts, packed types of
+// "cp.async.bulk.tensor". Not modeled, and refused: im2col, interleaved layouts, packed types of
 // less than a byte, swizzles of atoms larger than 16 bytes, NaN fill.
 #pragma once
 
@@ -129,7 +129,7 @@ void for_each_chunk(const TensorMap& map, const int32_t* coordinates, uint32_t s
   if (shared_address % 128 != 0)
     fault("shared address %u of a tensor copy is not a multiple of 128", shared_address);
   if (map.swizzle() != Swizzle::none && map.row_bytes() != map.swizzle_span)
-    fault("a swizzle of %u bytes with rows of %u is not modelled", map.swizzle_span, map.row_bytes());
+    fault("a swizzle of %u bytes with rows of %u is not modeled", map.swizzle_span, map.row_bytes());
   const int64_t inner_begin = int64_t{coordinates[0]} * map.element_bytes;
   const int64_t inner_end = map.extent(0) * map.element_bytes;
   uint32_t index[max_tensor_rank] = {};

@@ -117,11 +117,11 @@ class TensorMemory {
   bool relinquished_ = false;
 };
 
-// Shapes of tcgen05.ld and st, lanes by bits of a lane. Not modelled: 16x32bx2.
+// Shapes of tcgen05.ld and st, lanes by bits of a lane. Not modeled: 16x32bx2.
 enum class TensorShape { s32x32b, s16x64b, s16x128b, s16x256b };
 
 // One tcgen05.ld or st of a warp. With `packed` (.pack::16b of ld, .unpack::16b of st) a register holds
-// the lower halves of two neighbouring columns.
+// the lower halves of two neighboring columns.
 class TensorAccess {
  public:
   TensorAccess(TensorShape shape, uint32_t repeat, bool packed, uint32_t address, uint32_t warp)
