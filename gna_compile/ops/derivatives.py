@@ -105,23 +105,31 @@ class _Derivative(_torch.SingleLevelFunction):
     jvp = staticmethod(_second_gradient)
 
 
-def _below_autograd(op: Any, keyset: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Calls what lies below autograd: the real implementation, or the next functorch transform."""
-    below = keyset & _torch.after_autograd_keyset
-    with _torch.AutoDispatchBelowAutograd():
-        if not _torch.are_functorch_transforms_active():
-            return tuple(op.redispatch(below, *args))
-        # An autograd function switches derivatives off, which would end the transforms around it.
-        with torch.enable_grad(), _torch.set_forward_gradient_enabled(True):
-            return tuple(op.redispatch(below, *args))
-
-
-# Where nothing else lies below autograd, a call of the implementation spares one through the
+# Where nothing else lies below autograd, calling the implementation itself spares a call through the
 # dispatcher, a sixth of a small call's time.
 _ONLY_DEVICES = (
     _torch.DispatchKeySet(_torch.DispatchKey.CPU),
     _torch.DispatchKeySet(_torch.DispatchKey.CUDA),
 )
+_IMPLEMENTATIONS: dict[Any, Callable[..., tuple[Tensor, ...]]] = {
+    _FORWARD: implementations.forward,
+    _BACKWARD: implementations.backward,
+    _TANGENT: implementations.tangent,
+}
+
+
+def _below_autograd(op: Any, keyset: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Calls what lies below autograd: the real implementation, or the next functorch transform."""
+    below = keyset & _torch.after_autograd_keyset
+    is_transformed = _torch.are_functorch_transforms_active()
+    if below in _ONLY_DEVICES and not is_transformed:
+        return _IMPLEMENTATIONS[op](*args)
+    with _torch.AutoDispatchBelowAutograd():
+        if not is_transformed:
+            return tuple(op.redispatch(below, *args))
+        # An autograd function switches derivatives off, which would end the transforms around it.
+        with torch.enable_grad(), _torch.set_forward_gradient_enabled(True):
+            return tuple(op.redispatch(below, *args))
 
 
 def _may_be_differentiated(args: Sequence[Any]) -> bool:
@@ -144,8 +152,6 @@ def _apply(function: Any, *args: Any) -> Any:
 
 def attention(keyset: Any, *args: Any) -> Any:
     if not _may_be_differentiated(args[:3]):
-        if keyset & _torch.after_autograd_keyset in _ONLY_DEVICES:
-            return implementations.forward(*args)
         return _below_autograd(_FORWARD, keyset, args)
     # The dispatcher leaves out an argument that has its default.
     defaults = ("",) if len(args) < len(_torch.arguments(_FORWARD)) else ()
