@@ -1,4 +1,4 @@
-# make demo | test | prove | gpu | fuzz | hunt | lint | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
+# make demo | test | prove | gpu | fuzz | hunt | lint | wheel | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
 #
 # PYTHON   the interpreter to build on. A torch that it already has and that this package supports is
 #          used as it is, for example on a GPU machine; otherwise $(TORCH) is installed.
@@ -29,7 +29,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 CXX_FOUND := $(shell command -v $(CXX) || command -v c++ || command -v g++ || command -v clang++)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test prove gpu fuzz hunt lint clean compiler
+.PHONY: demo test prove gpu fuzz hunt lint wheel clean compiler
 
 demo: $(VENV)/.demo compiler
 	$(BIN)/python examples/demo.py
@@ -62,6 +62,11 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python .ci/lint_imports.py
+
+# For this Python and any supported torch, into dist/: 0.6 MB. GNA_CUDA=1 puts the CUDA kernels inside,
+# too: 1.4 MB (nvcc 13.0); building them needs nvcc and no GPU.
+wheel: $(VENV)/.test compiler
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --wheel --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
