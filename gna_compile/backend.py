@@ -21,7 +21,7 @@ from gna_compile.lower import Lowered, LoweredWhenCalled, is_static, lower
 from gna_compile.options import Options
 from gna_compile.phases import current_phase, declare, known_phase
 from gna_compile.policy import DEFAULT_PHASE
-from gna_compile.reasons import Reason
+from gna_compile.reasons import Decline, Reason
 
 if TYPE_CHECKING:
     from gna_compile.decision import Decision
@@ -247,7 +247,7 @@ def _as_torch_allows(site: Site, gm: fx.GraphModule, options: Options) -> Site:
         why = _torch.why_not("verify_masks")
     if why is None or site.obstacle is not None:
         return site
-    return replace(site, obstacle=(Reason.TORCH, why))
+    return replace(site, obstacle=Decline(Reason.TORCH, why))
 
 
 def _same_rewrites(row: Sequence[Decision], other: Sequence[Decision]) -> bool:

@@ -16,16 +16,17 @@ import torch
 from gna_compile import _torch
 from gna_compile.decision import Decision
 from gna_compile.geometry import GeometryError, Neighborhood
-from gna_compile.graph.dynamo_frame import is_resumed, local_modules, position_ids_outside
+from gna_compile.graph.dynamo_frame import is_resumed, position_ids_outside
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, enters, hint
 from gna_compile.graph.tokens.declared import resolve
-from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow, times
+from gna_compile.graph.tokens.layouts import Layout, TokenFlow
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
 from gna_compile.prepared.packed_grid import Mark
-from gna_compile.prepared.stamps import PACKED, WATCH, Stamp, model_around
+from gna_compile.prepared.packed_layout import packed_grid_of
+from gna_compile.prepared.stamps import Stamp, model_around
 from gna_compile.providers import Declined, Problem, Provider, choose
-from gna_compile.reasons import Reason
+from gna_compile.reasons import Decline, Reason
 
 
 class _Dense(Exception):
@@ -100,7 +101,7 @@ def _decide(
         if rule.dense:
             raise _Dense(Reason.RULE_DENSE)
         layout = _layout(site, flow, stamp, rule, root, packed_grids)
-        if isinstance(layout, Refusal):
+        if isinstance(layout, Decline):
             raise _Dense(layout.reason, layout.detail)
         if relation == "unknown":
             raise _Dense(
@@ -155,110 +156,43 @@ def _layout(
     declaring: Policy | Rule,
     root: torch.nn.Module | None,
     packed_grids: Sequence[Mark],
-) -> Layout | Refusal:
+) -> Layout | Decline:
     """The layout by `prepare`, the policy or its rule, or the graph; what inputs show must agree."""
     declared = declaring.layout
     why = ""
     if stamp is not None:
         declared = stamp.layout or declared
-        packed = _packed_grid(site, flow, stamp, declared, root, packed_grids)
-        if isinstance(packed, Refusal):
+        packed = packed_grid_of(site, flow, stamp, declared, root, packed_grids)
+        if isinstance(packed, Decline):
             return packed
         if packed is not None:
             declared = replace(declared, grid=packed) if declared else DeclaredLayout(packed)
         why = stamp.packed.why[0] if stamp.packed is not None else ""
-    elif declared is not None and isinstance(flow.layout(site), Refusal):
+    elif declared is not None and isinstance(flow.layout(site), Decline):
         ids = position_ids_outside()
         if ids is not None:
-            return Refusal(
+            return Decline(
                 Reason.LAYOUT_UNKNOWN,
                 f"a grid is declared, but {ids} outside this graph decides on the grid at every "
                 "call: use gna_compile.prepare(model, policy)",
             )
         missing = _torch.why_not("prepare")
         if missing is not None:
-            return Refusal(
+            return Decline(
                 Reason.TORCH,
                 "a grid is declared, but whether this graph is a whole model is not known: "
                 f"{missing}",
             )
         if is_resumed() or model_around(root) is not root:
-            return Refusal(
+            return Decline(
                 Reason.LAYOUT_UNKNOWN,
                 "a grid is declared, but this graph is a part of a model, and only the inputs of the "
                 "whole show at each call whether it holds: use gna_compile.prepare(model, policy)",
             )
     layout = resolve(site, flow, declared, declaring.global_tokens)
-    if why and isinstance(layout, Refusal) and layout.reason is Reason.LAYOUT_UNKNOWN:
-        return replace(layout, detail=why)
+    if why and isinstance(layout, Decline) and layout.reason is Reason.LAYOUT_UNKNOWN:
+        return layout._replace(detail=why)
     return layout
-
-
-def _packed_grid(
-    site: Site,
-    flow: TokenFlow,
-    stamp: Stamp,
-    declared: DeclaredLayout | None,
-    root: torch.nn.Module | None,
-    packed_grids: Sequence[Mark],
-) -> tuple[Size, ...] | Refusal | None:
-    """The grid that the inputs of a prepared model show, if a guard holds the graph to it.
-
-    That of its position ids, or if a grid is declared, what has become of it. None if they show
-    none, or if the graph itself must tell.
-    """
-    place = stamp.packed.place_of(declared.grid if declared else None) if stamp.packed else None
-    if stamp.packed is None or (place is None and declared is None):
-        return None
-    if place is None:
-        return Refusal(Reason.LAYOUT_UNKNOWN, "a model that shares this layer was prepared later")
-    packed, why = stamp.packed.grids[place], stamp.packed.why[place]
-    shown, is_read = flow.layout(site), _reads_ids(root, stamp)
-    if declared is not None and not is_read:
-        if isinstance(shown, Layout):
-            return None
-        return Refusal(
-            Reason.LAYOUT_UNKNOWN,
-            "a grid is declared, but the inputs that show whether it holds are not seen here: "
-            "compile the prepared model itself, not what calls it",
-        )
-    if packed is None:
-        return None if declared is None else Refusal(Reason.LAYOUT_MISMATCH, why)
-    by_ids = _grid_of_ids(shown)
-    if declared is None and by_ids is not None and by_ids != packed:
-        # A larger graph, in which nothing read these ids before it was compiled. What they show is
-        # to be asked again as soon as the model has seen others.
-        for mark in packed_grids:
-            for size in mark.grid:
-                int(size)
-        return None
-    if by_ids is None and not is_read:
-        return Refusal(
-            Reason.LAYOUT_UNKNOWN,
-            "position ids that are not seen among this graph's inputs decide on the grid: compile "
-            "the prepared model itself, not what calls it",
-        )
-    ours = [mark.grid for mark in packed_grids if mark.place == place]
-    grids = [grid for grid in ours if tuple(map(hint, grid)) == packed]
-    if len(grids) != 1:
-        return Refusal(
-            Reason.LAYOUT_UNKNOWN,
-            f"inputs show {times(packed)}, but no guard holds this graph to it",
-        )
-    return grids[0]
-
-
-def _grid_of_ids(shown: Layout | Refusal) -> tuple[Size, ...] | None:
-    return shown.grid if isinstance(shown, Layout) and shown.ids is not None else None
-
-
-def _reads_ids(root: torch.nn.Module | None, stamp: Stamp) -> bool:
-    """Whether the hook that looks at inputs ran before this graph, and not inlined in it."""
-    if _torch.nested_graph_breaks():
-        return False
-    inside = [m for m in local_modules() if m.__dict__.get(PACKED) is stamp.packed]
-    # A watched module that is not the one whose method this is may have its hook inlined here.
-    return any(module is root or WATCH not in module.__dict__ for module in inside)
 
 
 def _within_reach(site: Site, layout: Layout) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 
 class Reason(str, Enum):
@@ -70,3 +71,15 @@ class Reason(str, Enum):
     )
     NO_FAST_PROVIDER = "no-fast-provider", "no provider for this device takes the problem"
     SLOWDOWN = "predicted-slowdown", "the predicted speedup is below the policy's `min_speedup`"
+
+
+class Decline(NamedTuple):
+    """A site, or its layout, that is left alone, and why.
+
+    Attributes:
+        reason: the code.
+        detail: in words, with the values that decided.
+    """
+
+    reason: Reason
+    detail: str

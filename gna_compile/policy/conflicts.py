@@ -51,17 +51,9 @@ def conflicts(file: PolicyFile, rules: tuple[Rule, ...]) -> Iterator[Conflict]:
 def _dense_conflicts(entry: RuleEntry, path: KeyPath) -> Iterator[Conflict]:
     if entry.dense is False:
         yield (*path, "dense"), "false says nothing; give a window instead, or `dense: true`"
-    effects = (
-        "window",
-        "stride",
-        "dilation",
-        "causal",
-        "base_grid",
-        "layout",
-        "global_tokens",
-        "key_mask",
-    )
-    for key in effects:
+    from gna_compile.policy.schema import CONDITIONS
+
+    for key in type(entry).model_fields.keys() - CONDITIONS - {"dense"}:
         if getattr(entry, key) is not None:
             yield (*path, key), "has no effect in a dense rule; remove it or `dense`"
 

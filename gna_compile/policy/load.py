@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,22 +182,19 @@ def _layout(entry: LayoutEntry | None) -> DeclaredLayout | None:
 def _rule(file: PolicyFile, index: int, document: Document) -> Rule:
     entry = file.rules[index]
     key_mask = entry.key_mask or file.key_mask
+    # A key that means the same in the file and in the rule needs no line of its own.
+    translated = {"index", "tokens", "dense", "layout", "global_tokens", "key_mask"}
+    names = {field.name for field in fields(Rule)} & type(entry).model_fields.keys() - translated
+    given = {name: value for name in names if (value := getattr(entry, name)) is not None}
     return Rule(
+        **given,
         index=index,
         where=document.place(("rules", index)),
-        layers=entry.layers or (),
         indices=entry.index or (),
         modules=entry.module or (),
         min_tokens=entry.tokens.min if entry.tokens else None,
         max_tokens=entry.tokens.max if entry.tokens else None,
-        grid_rank=entry.grid_rank,
-        phases=entry.phases or (),
         dense=entry.dense is not None,
-        window=entry.window,
-        stride=1 if entry.stride is None else entry.stride,
-        dilation=1 if entry.dilation is None else entry.dilation,
-        causal=False if entry.causal is None else entry.causal,
-        base_grid=entry.base_grid,
         layout=_layout(entry.layout or file.layout),
         global_tokens=entry.global_tokens or file.global_tokens,
         key_mask=None if key_mask == "none" else key_mask,

@@ -259,6 +259,10 @@ class RuleEntry(Closed):
     key_mask: KeyMask | None = Field(None, description="Overrides the policy's key_mask.")
 
 
+CONDITIONS = frozenset({"layers", "index", "module", "tokens", "grid_rank", "phases"})
+"""The keys of a rule that say where it applies; any other says what it does there."""
+
+
 class PolicyFile(Closed):
     """A gna-compile policy: which attention layers become neighborhood attention."""
 

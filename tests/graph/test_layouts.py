@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gna_compile.graph.sites.find import find_sites
 from gna_compile.graph.tokens.declared import resolve
-from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow
+from gna_compile.graph.tokens.layouts import Layout, TokenFlow
 from gna_compile.graph.tokens.position_ids import grid_from_ids
 from gna_compile.policy import DeclaredLayout
-from gna_compile.reasons import Reason
+from gna_compile.reasons import Decline, Reason
 
 WIDTH = 8
 
@@ -30,16 +30,16 @@ class Seen:
     """What the graph of a function shows of its attention sites, in order."""
 
     relations: list[str]
-    layouts: list[Layout | Refusal]
-    resolved: list[Layout | Refusal]
+    layouts: list[Layout | Decline]
+    resolved: list[Layout | Decline]
 
     @property
     def texts(self) -> list[str]:
         return [text(layout) for layout in self.layouts]
 
 
-def text(layout: Layout | Refusal) -> str:
-    if isinstance(layout, Refusal):
+def text(layout: Layout | Decline) -> str:
+    if isinstance(layout, Decline):
         return layout.reason.value
     grid = "x".join(str(_hint(size)) for size in layout.grid)
     return f"{_hint(layout.prefix)}+{grid}+{_hint(layout.suffix)}"
@@ -219,7 +219,7 @@ def two_images(x: Tensor) -> Tensor:
 )
 def test_refused(function: Any, inputs: Tensor) -> None:
     (layout,) = look(function, inputs).layouts
-    assert isinstance(layout, Refusal)
+    assert isinstance(layout, Decline)
     assert layout.reason is Reason.LAYOUT_UNKNOWN
 
 

@@ -18,8 +18,9 @@ import gna_compile
 from gna_compile import LayoutError, decide
 from gna_compile.backend import gna
 from gna_compile.graph.tokens.declared import resolve
-from gna_compile.graph.tokens.layouts import Layout, Refusal, TokenFlow
+from gna_compile.graph.tokens.layouts import Layout, TokenFlow
 from gna_compile.options import OptionsError
+from gna_compile.reasons import Decline
 from gna_compile.verify import layouts as verify_layouts
 from gna_compile.verify.probe import Probe
 
@@ -333,7 +334,7 @@ def test_ids_that_show_other_axes(
     height, width = built.grid
     resolved = resolve
 
-    def swapped(*arguments: Any) -> Layout | Refusal:
+    def swapped(*arguments: Any) -> Layout | Decline:
         layout = resolved(*arguments)
         assert isinstance(layout, Layout)
         return replace(layout, grid=layout.grid[::-1], ids=None)

@@ -21,7 +21,7 @@ from gna_compile.graph.nodes import argument_of, operator_name, tensor_of
 from gna_compile.graph.sites.module_names import ModuleRef, modules_of, rebase
 from gna_compile.graph.sites.unfused import Match, match
 from gna_compile.graph.symbols import Size, holds, is_known, is_unbacked, number, same_shape
-from gna_compile.reasons import Reason
+from gna_compile.reasons import Decline, Reason
 
 __all__ = ["ModuleRef", "Site", "describe", "find_sites"]
 
@@ -87,7 +87,7 @@ class Site:
     head_dim: Size
     dtype: torch.dtype
     device: torch.device
-    obstacle: tuple[Reason, str] | None
+    obstacle: Decline | None
     other_calls: tuple[tuple[ModuleRef, ...], ...] = ()
 
 
@@ -141,7 +141,7 @@ class _Search:
         gm: fx.GraphModule,
         traced: tuple[ModuleRef, ...],
         caller: tuple[ModuleRef, ...],
-        obstacle: tuple[Reason, str] | None,
+        obstacle: Decline | None,
     ) -> None:
         """Visits `gm` as called from inside the modules `caller`.
 
@@ -209,11 +209,13 @@ def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     return bodies
 
 
-def _body_obstacle(node: fx.Node) -> tuple[Reason, str] | None:
+def _body_obstacle(node: fx.Node) -> Decline | None:
     """Why nothing in a higher-order operator's subgraphs may be rewritten, or None."""
     name = getattr(node.target, "__name__", "")
     if name in ("autograd_function_apply", "custom_function_call"):
-        return (Reason.OPAQUE, "inside a torch.autograd.Function, which has a backward of its own")
+        return Decline(
+            Reason.OPAQUE, "inside a torch.autograd.Function, which has a backward of its own"
+        )
     return None
 
 
@@ -233,13 +235,13 @@ def _fused(gm: fx.GraphModule, node: fx.Node) -> Site | None:
         causal = causal.meta.get("example_value")
     obstacle = None
     if dropout is None:
-        obstacle = (Reason.DROPOUT, "the dropout probability is not known when compiling")
+        obstacle = Decline(Reason.DROPOUT, "the dropout probability is not known when compiling")
     elif dropout != 0:
-        obstacle = (Reason.DROPOUT, f"attention dropout of {dropout:g} is active")
+        obstacle = Decline(Reason.DROPOUT, f"attention dropout of {dropout:g} is active")
     elif not isinstance(causal, bool):
-        obstacle = (Reason.CAUSAL, "whether it is causal is not known when compiling")
+        obstacle = Decline(Reason.CAUSAL, "whether it is causal is not known when compiling")
     elif scale is None and scale_argument is not None:
-        obstacle = (Reason.SHAPE, "the scale is not known when compiling")
+        obstacle = Decline(Reason.SHAPE, "the scale is not known when compiling")
     return _site(
         gm,
         node,
@@ -321,7 +323,7 @@ def _opaque(gm: fx.GraphModule, node: fx.Node, name: str) -> Site | None:
         head_dim=embedding // heads if heads else 0,
         dtype=query.dtype,
         device=query.device,
-        obstacle=(Reason.OPAQUE, _OPAQUE[name]),
+        obstacle=Decline(Reason.OPAQUE, _OPAQUE[name]),
     )
 
 
@@ -338,7 +340,7 @@ def _site(
     dropout: float,
     is_causal: bool,
     grouped: bool,
-    obstacle: tuple[Reason, str] | None,
+    obstacle: Decline | None,
 ) -> Site | None:
     """A site with its sizes and, if it has none yet, the obstacle that its operands are."""
     out = tensor_of(node)
@@ -396,87 +398,95 @@ def _unfit(
     form: str,
     key_transposed: bool,
     grouped: bool,
-) -> tuple[Reason, str] | None:
+) -> Decline | None:
     """Why the op does not take operands of these kinds, sizes and dtypes, or None."""
     query, value = operands[0], operands[2]
     for tensor in (out, *operands):
         if not isinstance(tensor, _torch.FakeTensor) or tensor.layout != torch.strided:
-            return (Reason.SHAPE, "not plain tensors (a tensor subclass, vmap or torch.func.grad)")
+            return Decline(
+                Reason.SHAPE, "not plain tensors (a tensor subclass, vmap or torch.func.grad)"
+            )
         if is_unbacked(tensor):
-            return (Reason.UNBACKED, f"a size of {_sizes(tensor)} depends on data")
+            return Decline(Reason.UNBACKED, f"a size of {_sizes(tensor)} depends on data")
     shapes = ", ".join(_sizes(tensor) for tensor in operands)
     rank = query.dim()
     if rank < 3 or any(tensor.dim() != rank for tensor in (out, *operands)):
-        return (Reason.SHAPE, f"operands of {shapes} do not have three or more dimensions each")
+        return Decline(
+            Reason.SHAPE, f"operands of {shapes} do not have three or more dimensions each"
+        )
     key_shape = list(operands[1].shape)
     if key_transposed:
         key_shape[-2:] = key_shape[:-3:-1]
     leading = max(rank - 3, 1)
     if any(not same_shape(o[:leading], query.shape[:leading]) for o in (key_shape, value.shape)):
-        return (Reason.SHAPE, f"the batch size differs between operands of {shapes}")
+        return Decline(Reason.SHAPE, f"the batch size differs between operands of {shapes}")
     if rank >= 4:
         heads, kv_heads = query.shape[-3], key_shape[-3]
         if not is_known(value.shape[-3] == kv_heads):
-            return (Reason.SHAPE, f"keys and values have different heads in {shapes}")
+            return Decline(Reason.SHAPE, f"keys and values have different heads in {shapes}")
         if not is_known(heads == kv_heads) and not (
             grouped and holds(kv_heads > 0) and holds(heads % kv_heads == 0)
         ):
-            return (Reason.SHAPE, f"the heads of keys do not serve those of queries in {shapes}")
+            return Decline(
+                Reason.SHAPE, f"the heads of keys do not serve those of queries in {shapes}"
+            )
     head_dim = query.shape[-1]
     if not is_known(key_shape[-1] == head_dim) or not is_known(value.shape[-1] == head_dim):
-        return (Reason.HEAD_SIZE, f"head_dim differs between operands of {shapes}")
+        return Decline(Reason.HEAD_SIZE, f"head_dim differs between operands of {shapes}")
     if not holds(head_dim >= _LEAST_HEAD_SIZE) or not holds(head_dim <= _LARGEST_HEAD_SIZE):
-        return (
+        return Decline(
             Reason.HEAD_SIZE,
             f"head_dim {head_dim} is not between {_LEAST_HEAD_SIZE} and {_LARGEST_HEAD_SIZE}",
         )
     if not same_shape(out.shape, query.shape):
-        return (Reason.SHAPE, f"the output {_sizes(out)} is not shaped as the query of {shapes}")
+        return Decline(
+            Reason.SHAPE, f"the output {_sizes(out)} is not shaped as the query of {shapes}"
+        )
     if any(is_known(size == 0) for tensor in operands for size in tensor.shape):
-        return (Reason.SHAPE, f"operands of {shapes} are empty")
+        return Decline(Reason.SHAPE, f"operands of {shapes} are empty")
     if any(tensor.device != out.device for tensor in operands):
-        return (Reason.SHAPE, "operands and output are on different devices")
+        return Decline(Reason.SHAPE, "operands and output are on different devices")
     return _unfit_dtype(out, operands, form)
 
 
-def _reshaped(
-    site: Site, found: Match | None, reshaped: list[fx.Node]
-) -> tuple[Reason, str] | None:
+def _reshaped(site: Site, found: Match | None, reshaped: list[fx.Node]) -> Decline | None:
     """Refuses what gets another shape in place: only its last shape is recorded."""
     steps = found.steps if found is not None else ()
     tensors = [site.query, site.key, site.value, site.mask, site.node, *steps]
     for node in reshaped:
         if any(tensor is not None and shares_memory(node, tensor) for tensor in tensors):
-            return (Reason.SHAPE, f"{node.name} gets another shape in place")
+            return Decline(Reason.SHAPE, f"{node.name} gets another shape in place")
     return None
 
 
 def _unfit_dtype(
     out: torch.Tensor, operands: tuple[torch.Tensor, ...], form: str
-) -> tuple[Reason, str] | None:
+) -> Decline | None:
     dtypes = {tensor.dtype for tensor in operands}
     names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in operands)
     if out.dtype not in _DTYPES or any(not dtype.is_floating_point for dtype in dtypes):
-        return (Reason.DTYPE, f"operands of {names}, output {out.dtype}")
+        return Decline(Reason.DTYPE, f"operands of {names}, output {out.dtype}")
     if torch.float64 in dtypes:
-        return (Reason.DTYPE, f"operands of {names}")
+        return Decline(Reason.DTYPE, f"operands of {names}")
     # A fused node takes one dtype only, or any under autocast, which gives its output a half type.
     if form == "sdpa" and dtypes != {out.dtype} and out.dtype == torch.float32:
-        return (Reason.DTYPE, f"operands of {names} for an output of {out.dtype}")
+        return Decline(Reason.DTYPE, f"operands of {names} for an output of {out.dtype}")
     return None
 
 
-def _unfit_mask(mask: fx.Node | None, query: torch.Tensor) -> tuple[Reason, str] | None:
+def _unfit_mask(mask: fx.Node | None, query: torch.Tensor) -> Decline | None:
     """Refuses masks that broadcast over more batch dimensions than the op has."""
     if mask is None or query.dim() <= 4:
         return None
-    return (Reason.MASK, f"queries of {_sizes(query)} have a mask, for which one batch is needed")
+    return Decline(
+        Reason.MASK, f"queries of {_sizes(query)} have a mask, for which one batch is needed"
+    )
 
 
-def _unfit_scale(scale: float | None) -> tuple[Reason, str] | None:
+def _unfit_scale(scale: float | None) -> Decline | None:
     if scale is None or (math.isfinite(scale) and scale > 0):
         return None
-    return (Reason.SHAPE, f"the scale {scale:g} is not positive and finite")
+    return Decline(Reason.SHAPE, f"the scale {scale:g} is not positive and finite")
 
 
 def _sizes(tensor: torch.Tensor) -> str:

@@ -8,9 +8,7 @@ from torch import fx
 
 from gna_compile.graph.mutation import shares_memory, written_by
 from gna_compile.graph.nodes import argument_of, operator_name
-from gna_compile.reasons import Reason
-
-Obstacle = tuple[Reason, str]
+from gna_compile.reasons import Decline, Reason
 
 # What reads the shape or dtype of an operand, but not its values: every operand but the first, or
 # the first too.
@@ -22,7 +20,7 @@ _SHAPE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 
 def side_effects(
     chain: list[fx.Node], node: fx.Node
-) -> Iterator[tuple[fx.Node | None, Obstacle | None]]:
+) -> Iterator[tuple[fx.Node | None, Decline | None]]:
     """Uses of the scores and weights outside the chain: in-place masks, or an obstacle."""
     inside = {*chain, node}
     for link in chain:
@@ -41,7 +39,7 @@ def side_effects(
             else:
                 yield (
                     None,
-                    (
+                    Decline(
                         Reason.WEIGHTS_USED,
                         f"scores or weights are also used by `{name or user.name}` (node {user.name})",
                     ),
@@ -59,7 +57,7 @@ def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
 
 def changed_links(
     chain: list[fx.Node], output: fx.Node, scores: fx.Node, masks: list[fx.Node]
-) -> Obstacle | None:
+) -> Decline | None:
     """Whether scores, weights or masks are overwritten in another way than by a step of the chain.
 
     All that uses a link of the chain was looked at before. This finds what reaches its memory by
@@ -70,7 +68,7 @@ def changed_links(
         for target in written_by(current):
             changed = next((n for n in (*chain, *masks) if shares_memory(target, n)), None)
             if changed is not None and target not in chain:
-                return (
+                return Decline(
                     Reason.WEIGHTS_USED,
                     f"{current.name} overwrites {changed.name} inside the attention",
                 )

@@ -19,9 +19,9 @@ from gna_compile.graph.mutation import shares_memory, written_by
 from gna_compile.graph.nodes import argument_of, operator_name, tensor_of
 from gna_compile.graph.scalars import constant
 from gna_compile.graph.sites.products import Operand, Product, product_of, turned
-from gna_compile.graph.sites.side_effects import Obstacle, changed_links, side_effects
+from gna_compile.graph.sites.side_effects import changed_links, side_effects
 from gna_compile.graph.symbols import Size, is_known, same_shape
-from gna_compile.reasons import Reason
+from gna_compile.reasons import Decline, Reason
 
 _CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16"})
 _VIEWS = frozenset({"view", "reshape", "contiguous", "clone", "flatten", "unflatten"})
@@ -61,7 +61,7 @@ class Match:
     mask_form: str
     dropout: float
     head_dim: Size
-    obstacle: Obstacle | None
+    obstacle: Decline | None
     steps: tuple[fx.Node, ...]
 
 
@@ -90,11 +90,11 @@ class _Scores:
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
     chain: list[fx.Node] = field(default_factory=list)  # from the product to the softmax's operand
     dropout: float = 0.0
-    obstacle: Obstacle | None = None
+    obstacle: Decline | None = None
 
     def refuse(self, reason: Reason, why: str) -> None:
         if self.obstacle is None:
-            self.obstacle = (reason, why)
+            self.obstacle = Decline(reason, why)
 
 
 def _find_scores(node: fx.Node, steps: int = _MOST_STEPS) -> _Scores | None:
@@ -204,7 +204,7 @@ class _Weights:
     flipped: bool = False  # the weights enter as [.., T, S]
     chain: list[fx.Node] = field(default_factory=list)  # from the softmax to the product's operand
     dropout: float = 0.0
-    obstacle: Obstacle | None = None
+    obstacle: Decline | None = None
 
 
 def _find_product(
@@ -233,7 +233,7 @@ def _find_product(
         if name == "dropout":
             found.dropout = _stronger(found.dropout, _dropout(user))
         elif name in _ALTERATIONS or user.kwargs.get("out") is not None:
-            found.obstacle = (
+            found.obstacle = Decline(
                 Reason.WEIGHTS_USED,
                 f"the weights go through `{name}` (node {user.name}) after the softmax",
             )
@@ -251,15 +251,17 @@ def _weights_in(product: Product, node: fx.Node, flipped: bool) -> _Weights | No
             found = _Weights(product, flipped, [node])
             value = product.right if is_left else product.left
             if not is_left or product.alpha != 1.0 or product.added is not None:
-                found.obstacle = (Reason.SHAPE, "the output is not [.., tokens, head_dim]")
+                found.obstacle = Decline(Reason.SHAPE, "the output is not [.., tokens, head_dim]")
             elif (
                 flipped
                 or operand.transposed
                 or not (product.in_order and operand.aligned and value.aligned)
             ):
-                found.obstacle = (Reason.SHAPE, "weights, values and output differ in their order")
+                found.obstacle = Decline(
+                    Reason.SHAPE, "weights, values and output differ in their order"
+                )
             elif value.transposed:
-                found.obstacle = (Reason.SHAPE, "the values are [.., head_dim, tokens]")
+                found.obstacle = Decline(Reason.SHAPE, "the values are [.., head_dim, tokens]")
             return found
     return None
 
@@ -382,7 +384,7 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
 
     dropout = _stronger(upper.dropout, lower.dropout)
     if dropout != 0:
-        obstacle = obstacle or (Reason.DROPOUT, _dropout_text(dropout))
+        obstacle = obstacle or Decline(Reason.DROPOUT, _dropout_text(dropout))
     for mask, reason in side_effects(chain, node):
         if mask is not None:
             masks.append((mask, "filled"))
@@ -391,18 +393,20 @@ def _assemble(source: fx.Node, upper: _Scores, lower: _Weights) -> Match | None:
     if not is_known(raw.shape[-1] == logits.shape[-1]) or not (
         lower.flipped or same_shape(raw.shape, weights.shape)
     ):
-        obstacle = obstacle or (
+        obstacle = obstacle or Decline(
             Reason.SHAPE,
             f"scores {list(raw.shape)} become weights {list(weights.shape)}",
         )
 
     queries, keys = upper.product.left, turned(upper.product.right)
     if not (queries.aligned and keys.aligned):
-        obstacle = obstacle or (Reason.SHAPE, "queries or keys do not have the order of the scores")
+        obstacle = obstacle or Decline(
+            Reason.SHAPE, "queries or keys do not have the order of the scores"
+        )
     peeled = [_peel(operand, scores, node) for operand in (queries, keys)]
     query, key = (_choose(found, out.dtype) for found in peeled)
     if query.transposed:
-        obstacle = obstacle or (Reason.SHAPE, "the queries are [.., head_dim, tokens]")
+        obstacle = obstacle or Decline(Reason.SHAPE, "the queries are [.., head_dim, tokens]")
     left, right = lower.product.left, lower.product.right
     value = right.node if left.node is lower.chain[-1] else left.node
     obstacle = obstacle or _dtype_obstacle(query.node, key.node, scores, node)
@@ -431,9 +435,7 @@ def _dropout_text(probability: float) -> str:
     return f"attention dropout of {probability:g} is active"
 
 
-def _dtype_obstacle(
-    query: fx.Node, key: fx.Node, scores: fx.Node, node: fx.Node
-) -> Obstacle | None:
+def _dtype_obstacle(query: fx.Node, key: fx.Node, scores: fx.Node, node: fx.Node) -> Decline | None:
     """Refuses to compute in another precision than the model does.
 
     Allowed are operands that have the output's dtype, that autocast brought to it, or that are
@@ -443,13 +445,15 @@ def _dtype_obstacle(
     for operand in (query, key):
         value = tensor_of(operand)
         if value is None or out is None or raw is None:
-            return (Reason.DTYPE, "an operand's dtype is not known")
+            return Decline(Reason.DTYPE, "an operand's dtype is not known")
         if not (_widens(value, out) or raw.dtype == out.dtype):
-            return (Reason.DTYPE, f"queries and keys are {value.dtype}, the output is {out.dtype}")
+            return Decline(
+                Reason.DTYPE, f"queries and keys are {value.dtype}, the output is {out.dtype}"
+            )
     return None
 
 
-def _changed_before(output: fx.Node, operands: tuple[_Peeled, _Peeled]) -> Obstacle | None:
+def _changed_before(output: fx.Node, operands: tuple[_Peeled, _Peeled]) -> Decline | None:
     """Whether the site would mean something else if it were computed at the output.
 
     That is where a rewritten site reads queries and keys: they must not be overwritten after the
@@ -458,14 +462,16 @@ def _changed_before(output: fx.Node, operands: tuple[_Peeled, _Peeled]) -> Obsta
     for operand in operands:
         writer = _writer_between(operand.reader, output, operand.node)
         if writer is not None:
-            return (
+            return Decline(
                 Reason.SHAPE,
                 f"{writer.name} overwrites {operand.node.name} between its use and the output",
             )
     current, readers = output.prev, {operand.reader for operand in operands}
     while readers:
         if getattr(current.target, "__name__", "") in _GRADIENT_MODES:
-            return (Reason.WEIGHTS_USED, "gradients are switched on or off inside the attention")
+            return Decline(
+                Reason.WEIGHTS_USED, "gradients are switched on or off inside the attention"
+            )
         readers.discard(current)
         current = current.prev
     return None

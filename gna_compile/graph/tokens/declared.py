@@ -8,10 +8,10 @@ from typing import Protocol
 
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, hint, holds, is_known
-from gna_compile.graph.tokens.layouts import Layout, Refusal, Segment, TokenFlow, sum_of, words_of
+from gna_compile.graph.tokens.layouts import Layout, Segment, TokenFlow, sum_of, words_of
 from gna_compile.graph.tokens.position_ids import name_of
 from gna_compile.graph.tokens.reading import times
-from gna_compile.reasons import Reason
+from gna_compile.reasons import Decline, Reason
 
 
 class Declared(Protocol):
@@ -30,7 +30,7 @@ def resolve(
     flow: TokenFlow,
     declared: Declared | None,
     global_tokens: str | None = None,
-) -> Layout | Refusal:
+) -> Layout | Decline:
     """The layout of a site, in this order of trust: declared, then proven by the graph.
 
     A declared layout must have as many tokens as the site and must not contradict the graph.
@@ -45,15 +45,15 @@ def resolve(
     """
     shown = flow.layout(site)
     if declared is None:
-        if isinstance(shown, Refusal):
+        if isinstance(shown, Decline):
             return shown
         return _checked(site, shown, global_tokens)
     grid = tuple(declared.grid)
     placed = _placed(site, flow, declared, global_tokens)
-    if isinstance(placed, Refusal):
+    if isinstance(placed, Decline):
         return placed
     prefix, suffix = placed
-    if isinstance(shown, Refusal):
+    if isinstance(shown, Decline):
         known = flow.known(site)
         refusal = flow.hold(known) or _contradiction(known.segments, grid, prefix)
         return refusal or Layout(grid, prefix, suffix, "declared", None, flow.indices)
@@ -61,7 +61,7 @@ def resolve(
     # What ids show is checked at every call, and no reason to hold symbols to it.
     ours = grid if shown.ids is None else tuple(hint(size) for size in grid)
     if not same_grid(shown.grid, ours) or not holds(shown.prefix == prefix):
-        return Refusal(
+        return Decline(
             Reason.LAYOUT_MISMATCH,
             f"declared is {_words(grid, prefix, suffix)}, "
             f"the graph shows {_words(*theirs)} ({shown.source})",
@@ -71,7 +71,7 @@ def resolve(
 
 def _contradiction(
     segments: Sequence[Segment], grid: tuple[Size, ...], prefix: Size
-) -> Refusal | None:
+) -> Decline | None:
     """What the graph knows against a declared grid of tokens whose grid it does not show."""
     start: Size = 0
     tokens = math.prod(grid)
@@ -82,7 +82,7 @@ def _contradiction(
             if not run.has_tokens:
                 return _against(grid, "special tokens lie among those of the grid")
             if run.doubt:
-                return Refusal(Reason.LAYOUT_UNKNOWN, run.doubt)
+                return Decline(Reason.LAYOUT_UNKNOWN, run.doubt)
             if run.disorder:
                 return _against(grid, run.disorder)
             if not (holds(start <= prefix) and holds(prefix + tokens <= stop)):
@@ -97,8 +97,8 @@ def _contradiction(
     return None
 
 
-def _against(grid: tuple[Size, ...], why: str) -> Refusal:
-    return Refusal(Reason.LAYOUT_MISMATCH, f"declared is the grid {times(grid)}, but {why}")
+def _against(grid: tuple[Size, ...], why: str) -> Decline:
+    return Decline(Reason.LAYOUT_MISMATCH, f"declared is the grid {times(grid)}, but {why}")
 
 
 def _refines(grid: Sequence[Size], lattice: Sequence[Size]) -> bool:
@@ -113,13 +113,13 @@ def _refines(grid: Sequence[Size], lattice: Sequence[Size]) -> bool:
     return all(holds(size == 1) for size in pending)
 
 
-def _checked(site: Site, shown: Layout, global_tokens: str | None) -> Layout | Refusal:
+def _checked(site: Site, shown: Layout, global_tokens: str | None) -> Layout | Decline:
     """A layout from the graph, unless it contradicts `global_tokens` or does not fit the tokens."""
     wrong = {"prefix": shown.suffix, "suffix": shown.prefix}.get(global_tokens or "")
     if global_tokens == "none":
         wrong = shown.prefix + shown.suffix
     if wrong is not None and not holds(wrong == 0):
-        return Refusal(
+        return Decline(
             Reason.LAYOUT_MISMATCH,
             f"declared is `global_tokens: {global_tokens}`, the graph shows "
             f"{_words(shown.grid, shown.prefix, shown.suffix)} ({shown.source})",
@@ -132,7 +132,7 @@ def _checked(site: Site, shown: Layout, global_tokens: str | None) -> Layout | R
 
 def _placed(
     site: Site, flow: TokenFlow, declared: Declared, global_tokens: str | None
-) -> tuple[Size, Size] | Refusal:
+) -> tuple[Size, Size] | Decline:
     """Tokens before and after the declared grid."""
     grid = tuple(declared.grid)
     prefix: Size = declared.prefix or 0
@@ -155,7 +155,7 @@ def _placed(
     if not fits or not holds(prefix >= 0) or not holds(suffix >= 0):
         return _miscounted(site, grid, declared.prefix or 0, declared.suffix or 0)
     if not holds(wrong == 0):
-        return Refusal(
+        return Decline(
             Reason.LAYOUT_MISMATCH,
             f"declared is `global_tokens: {global_tokens}`, but the tokens of the grid "
             f"{times(grid)} have {prefix} before and {suffix} after them",
@@ -163,9 +163,9 @@ def _placed(
     return prefix, suffix
 
 
-def _miscounted(site: Site, grid: Sequence[Size], prefix: Size, suffix: Size) -> Refusal:
+def _miscounted(site: Site, grid: Sequence[Size], prefix: Size, suffix: Size) -> Decline:
     tokens = prefix + math.prod(grid) + suffix
-    return Refusal(
+    return Decline(
         Reason.LAYOUT_MISMATCH,
         f"{_words(grid, prefix, suffix)} is {tokens} tokens, the site has {site.tokens}",
     )

@@ -23,11 +23,11 @@ from gna_compile.graph.symbols import Size, hint, holds
 from gna_compile.graph.tokens.reading import Reading, Relation, Run, read, times
 from gna_compile.graph.tokens.sizes import Sizes, generic_point, matching, pin, symbolic_sizes
 from gna_compile.graph.tokens.walk import Operands, Walk
-from gna_compile.reasons import Reason
+from gna_compile.reasons import Decline, Reason
 
 log = logging.getLogger("gna_compile")
 
-__all__ = ["Layout", "Refusal", "Segment", "TokenFlow", "sum_of", "times", "words_of"]
+__all__ = ["Layout", "Segment", "TokenFlow", "sum_of", "times", "words_of"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,6 @@ class Layout:
     source: str = "graph"
     ids: fx.Node | None = None
     indices: tuple[fx.Node, ...] = ()
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a site has no layout."""
-
-    reason: Reason
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,7 @@ class TokenFlow:
         self._coincidences = following.coincidences()
         return known
 
-    def hold(self, known: Known) -> Refusal | None:
+    def hold(self, known: Known) -> Decline | None:
         """Holds the graph to the sizes for which what is known of a site holds.
 
         To the example's, if it holds only there. Else to those at which each size that was a
@@ -157,7 +149,7 @@ class TokenFlow:
         marked = self._marked & {s for size in held for s in _torch.expression(size).free_symbols}
         if marked:
             names = ", ".join(sorted(map(str, marked)))
-            return Refusal(
+            return Decline(
                 Reason.LAYOUT_UNKNOWN,
                 f"the layout holds for some sizes only, but the size {names} is marked as dynamic",
             )
@@ -167,23 +159,23 @@ class TokenFlow:
             holds(size == value)
         return None
 
-    def layout(self, site: Site) -> Layout | Refusal:
+    def layout(self, site: Site) -> Layout | Decline:
         """The layout that the graph proves, or why it proves none."""
         if site.query is None:
-            return Refusal(Reason.LAYOUT_UNKNOWN, "the operands are not visible in the graph")
+            return Decline(Reason.LAYOUT_UNKNOWN, "the operands are not visible in the graph")
         known = self.known(site)
         if known.doubt:
-            return Refusal(Reason.LAYOUT_UNKNOWN, known.doubt)
+            return Decline(Reason.LAYOUT_UNKNOWN, known.doubt)
         if known.relation != "self":
-            return Refusal(
+            return Decline(
                 Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens"
             )
         on_grid = [i for i, segment in enumerate(known.segments) if segment.grid is not None]
         if not on_grid:
-            return Refusal(Reason.LAYOUT_UNKNOWN, _why_no_grid(known.segments))
+            return Decline(Reason.LAYOUT_UNKNOWN, _why_no_grid(known.segments))
         if len(on_grid) > 1:
             runs = " + ".join(words_of(segment) for segment in known.segments)
-            return Refusal(
+            return Decline(
                 Reason.LAYOUT_UNKNOWN, f"the tokens are several grids one after another: {runs}"
             )
         (index,) = on_grid
