@@ -21,6 +21,7 @@ from models import OLD_TORCH
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+import gna_compile.ops  # noqa: F401 - registers the op that sites are rewritten to
 from gna_compile.graph import nodes
 from gna_compile.graph.mutation import shares_memory, written_by
 from gna_compile.graph.nodes import tensor_of
