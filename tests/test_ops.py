@@ -12,6 +12,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import flop_counter
