@@ -107,7 +107,7 @@ def _has_raw_stream() -> bool:
 
 _TRACED = "torch._dynamo.symbolic_convert"
 _OUTPUT = "torch._dynamo.output_graph"
-_ALL = "2.11 to 2.15"
+_ALL = "2.11, 2.13 to 2.15"
 
 # One line a name: feature, where, what for, versions read at.
 # fmt: off
