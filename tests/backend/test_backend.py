@@ -550,7 +550,7 @@ def test_packed_latents_inside_a_larger_graph_are_checked(caplog: pytest.LogCapt
             assert min(distances) < 1e-4
             outcomes.append(distances[1] < 1e-4)
         assert outcomes[1:] == [True, True], grid
-    assert "the next call takes it" in caplog.text
+    assert "the next call uses the grid of the ids" in caplog.text
 
 
 def test_two_grids_of_packed_latents_in_one_graph() -> None:

@@ -112,7 +112,9 @@ def _grid(lines: Lines, axes: tuple[int, ...], lengths: tuple[int, ...]) -> tupl
     space = source.spatial - ({0} if rank > 2 else set())
     if source.channels is not None:
         space -= {source.channels}
-    if source.is_image and not lines.axes[1] and all(lines.axes[2:]):
+    if source.is_image and rank == 5 and not lines.axes[2] and all(lines.axes[3:]):
+        space |= {3, 4}  # [B, T, C, H, W]
+    elif source.is_image and not lines.axes[1] and all(lines.axes[2:]):
         space |= set(range(2, rank))
     known = space & set(axes)
     single = sorted(
