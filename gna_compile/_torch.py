@@ -60,7 +60,7 @@ class Name(NamedTuple):
         feature: what needs it, a key of `FEATURES`.
         where: module and path in it, `module:path`.
         use: what for.
-        read: the versions of torch whose code was read for it, or ran.
+        read: the oldest and the newest torch whose code was read for it, or ran.
         is_there: tells whether it is there, if only an instance has it.
     """
 
@@ -107,7 +107,7 @@ def _has_raw_stream() -> bool:
 
 _TRACED = "torch._dynamo.symbolic_convert"
 _OUTPUT = "torch._dynamo.output_graph"
-_ALL = "2.11, 2.13 to 2.15"
+_ALL = "2.11 to 2.15"
 
 # One line a name: feature, where, what for, versions read at.
 # fmt: off
