@@ -103,7 +103,7 @@ def _machine_code(head_dim: int) -> tuple[list[str], dict[str, int]]:
         cubin = Path(folder) / "kernel.cubin"
         flags = ["-std=c++17", "-O3", "-DNDEBUG", "-cubin", f"-I{ROOT / 'csrc/include'}"]
         target = ["-gencode", "arch=compute_100f,code=sm_100f"]
-        source = ROOT / f"csrc/sm100/forward_bf16_{head_dim}.cu"
+        source = ROOT / f"csrc/sm100/kernels/bf16_{head_dim}.cu"
         subprocess.run(["nvcc", *flags, *target, str(source), "-o", str(cubin)], check=True)
         text = subprocess.run(
             [disassembler, "-c", str(cubin)], check=True, capture_output=True, text=True

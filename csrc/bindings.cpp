@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "gna/axis.h"
-#include "gna/bits.h"
+#include "bits.h"
 #include "gna_cpu.h"
 
 namespace py = pybind11;

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "gna/bits.h"
+#include "bits.h"
 
 namespace gna {
 

@@ -12,35 +12,6 @@
 
 namespace gna::sm100 {
 
-// Zeroes what is not finite in a tile of values and notes where it was. `thread`: of 128.
-template <typename Element, int head_dim>
-__device__ __forceinline__ void take_out_non_finite(uint8_t* tile, int thread,
-                                                    NonFinite<head_dim>& non_finite) {
-  constexpr uint32_t exponent = std::is_same_v<Element, __half> ? 0x7c00 : 0x7f80;
-  constexpr uint32_t sign = 0x8000;
-  constexpr int words = 4 * head_dim / 128;  // of a thread
-  const int column = thread % head_dim;
-  uint8_t* const box = tile + column / box_columns * key_box_bytes;
-  for (int word = thread / head_dim * words, end = word + words; word < end; ++word) {
-    uint32_t nan = 0, plus = 0, minus = 0;
-    for (int bit = 0; bit < 32; ++bit) {
-      const int key = 32 * word + bit;
-      const int chunk = column % box_columns / 8 ^ key % 8;
-      auto* const value =
-          reinterpret_cast<uint16_t*>(box + key * row_bytes + chunk * 16) + column % 8;
-      const uint32_t bits = *value;
-      if ((bits & exponent) != exponent) continue;
-      const bool is_nan = (bits & ~sign) != exponent;
-      (is_nan ? nan : bits & sign ? minus : plus) |= 1u << bit;
-      *value = 0;
-    }
-    non_finite.nan[word][column] = nan;
-    non_finite.plus[word][column] = plus;
-    non_finite.minus[word][column] = minus;
-  }
-  fence_shared_for_copies();
-}
-
 // Adds what was taken out of the tile to the output of the warp's rows that see it. There is no output
 // yet if it is `fresh`.
 template <int head_dim>

@@ -15,6 +15,8 @@
 //   finish    divides the output by the sums, stores it and the logsumexp          four warps
 #pragma once
 
+#include "../cuda/logsumexp.cuh"
+#include "../cuda/tma.cuh"
 #include "careful.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -83,12 +85,12 @@ struct Forward {
     const bool leads = lane == 0;
     const int axis = smaller(lane % 4, max_axes - 1);
     const int log2_extent = problem.axes[axis].log2_key;
-    Place<Shape::work_slots> slot;
-    Place<Shape::records> record;
-    Place<stages> tile;
-    Place<1> query;
+    PipelineState<Shape::work_slots> slot;
+    PipelineState<Shape::records> record;
+    PipelineState<stages> tile;
+    PipelineState<1> query;
     const auto hand_on = [&](const KeyRecord& made) {
-      wait(shared.records_empty + record.stage(), record.parity() ^ 1);
+      wait(shared.records_empty + record.stage(), record.phase() ^ 1);
       if (leads) {
         shared.key_records[record.stage()] = made;
         arrive(shared.records_full + record.stage());
@@ -96,17 +98,17 @@ struct Forward {
       record.advance();
     };
     const auto load_next = [&](const Maps& maps, const WorkRecord& work, const KeyTile& at) {
-      wait(shared.tiles_empty + tile.stage(), tile.parity() ^ 1);
+      wait(shared.tiles_empty + tile.stage(), tile.phase() ^ 1);
       if (leads)
         load_keys<boxes>(parameters, maps, work, at, shared.tiles_full + tile.stage(),
                          shared.tiles[tile.stage()]);
       tile.advance();
     };
     for (;; slot.advance()) {
-      wait(shared.works_full + slot.stage(), slot.parity());
+      wait(shared.works_full + slot.stage(), slot.phase());
       const WorkRecord& work = shared.work_records[slot.stage()];
       if (work.done) break;
-      wait(&shared.query_empty, query.parity() ^ 1);
+      wait(&shared.query_empty, query.phase() ^ 1);
       if (leads) load_query(work);
       query.advance();
       const RowsAxis rows = work.halves[lane / 4 % 2][axis];
@@ -124,9 +126,9 @@ struct Forward {
     }
     hand_on({{0, 0, 0}, no_more_work | skipped | skipped << half_bits});
     // The block's shared memory must last until all buffers have been released.
-    wait(&shared.query_empty, query.parity() ^ 1);
+    wait(&shared.query_empty, query.phase() ^ 1);
     for (int i = 0; i < stages; ++i, tile.advance())
-      wait(shared.tiles_empty + tile.stage(), tile.parity() ^ 1);
+      wait(shared.tiles_empty + tile.stage(), tile.phase() ^ 1);
   }
 
   // Multiply --------------------------------------------------------------------------------------
@@ -173,9 +175,9 @@ struct Forward {
   // One thread. Each round ends a key tile and starts the next one, half after half, also from one
   // query tile to the next.
   __device__ __forceinline__ void multiply_all(uint32_t tensor_memory) const {
-    Place<Shape::records> record;
-    Place<stages> keys, values{1};
-    Place<1> query, item, clean;
+    PipelineState<Shape::records> record;
+    PipelineState<stages> keys, values{1};
+    PipelineState<1> query, item, clean;
     Half halves[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -186,7 +188,7 @@ struct Forward {
 
     const auto end_tile = [&](uint32_t flags, int half) {
       Half& state = halves[half];
-      if (state.fresh) wait(shared.output_empty + half, item.parity() ^ 1);
+      if (state.fresh) wait(shared.output_empty + half, item.phase() ^ 1);
       if (!is_skipped(flags, half)) {
         multiply_values(state, half, values.stage());
         ++state.steps;
@@ -207,25 +209,25 @@ struct Forward {
     bool takes_new_query = true;  // the next tile is a query tile's first
     for (uint32_t flags = 0;;) {
       if (started) {
-        wait(shared.tiles_full + values.stage(), values.parity());
+        wait(shared.tiles_full + values.stage(), values.phase());
         if constexpr (careful) {
           arrive(&shared.values_full);
-          wait(&shared.clean_full, clean.parity());
+          wait(&shared.clean_full, clean.phase());
           clean.advance();
         }
         end_tile(flags, 0);
       }
-      wait(shared.records_full + record.stage(), record.parity());
+      wait(shared.records_full + record.stage(), record.phase());
       const uint32_t next = shared.key_records[record.stage()].flags;
       arrive(shared.records_empty + record.stage());
       record.advance();
       const bool goes_on = !(next & no_more_work);
       if (goes_on) {
         if (takes_new_query) {
-          wait(&shared.query_full, query.parity());
+          wait(&shared.query_full, query.phase());
           query.advance();
         }
-        wait(shared.tiles_full + keys.stage(), keys.parity());
+        wait(shared.tiles_full + keys.stage(), keys.phase());
         start_tile(next, 0);
       }
       if (started) {
@@ -244,15 +246,15 @@ struct Forward {
       started = true;
     }
     // Until the last output has been read.
-    for (int half = 0; half < 2; ++half) wait(shared.output_empty + half, item.parity() ^ 1);
+    for (int half = 0; half < 2; ++half) wait(shared.output_empty + half, item.phase() ^ 1);
     after_barrier();
   }
 
   // Soften ----------------------------------------------------------------------------------------
 
   // The next key record of a warp that reads them all.
-  __device__ __forceinline__ KeyRecord take_record(Place<Shape::records>& record) const {
-    wait(shared.records_full + record.stage(), record.parity());
+  __device__ __forceinline__ KeyRecord take_record(PipelineState<Shape::records>& record) const {
+    wait(shared.records_full + record.stage(), record.phase());
     const int4 raw = *reinterpret_cast<const int4*>(shared.key_records + record.stage());
     __syncwarp();
     release(shared.records_empty + record.stage());
@@ -311,12 +313,12 @@ struct Forward {
     const uint32_t in_scores = lanes + scores_column(half);
     const uint32_t in_output = lanes + output_column(half);
     const float scale = parameters.scale_log2;
-    Place<Shape::work_slots> slot;
-    Place<Shape::records> record;
-    Place<1> step, clean;
+    PipelineState<Shape::work_slots> slot;
+    PipelineState<Shape::records> record;
+    PipelineState<1> step, clean;
     for (;; slot.advance()) {
-      const Place<1> item{slot.count};
-      wait(shared.works_full + slot.stage(), slot.parity());
+      const PipelineState<1> item{slot.count};
+      wait(shared.works_full + slot.stage(), slot.phase());
       const WorkRecord& work = shared.work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
       Row state;
@@ -326,7 +328,7 @@ struct Forward {
         ended = tile.flags & last_tile;
         if (is_skipped(tile.flags, half)) {
           if constexpr (careful) {
-            wait(&shared.clean_full, clean.parity());
+            wait(&shared.clean_full, clean.phase());
             release(&shared.clean_empty);
             clean.advance();
           }
@@ -336,13 +338,13 @@ struct Forward {
         if constexpr (careful)
           for (uint32_t& word : words.word) word = all_bits;
         const bool masked = find_mask(work, tile, half, row, words);
-        wait(shared.scores_full + half, step.parity());
+        wait(shared.scores_full + half, step.phase());
         step.advance();
         after_barrier();
         if constexpr (careful) {
-          wait(&shared.clean_full, clean.parity());
+          wait(&shared.clean_full, clean.phase());
           clean.advance();
-          if (fresh) wait(shared.output_empty + half, item.parity() ^ 1);
+          if (fresh) wait(shared.output_empty + half, item.phase() ^ 1);
           after_barrier();
           add_non_finite<head_dim>(in_output, fresh, shared.non_finite, words);
           __syncwarp();
@@ -374,7 +376,7 @@ struct Forward {
         else
           weigh_all<0>(scores, state, in_scores, half);
       }
-      wait(shared.statistics_empty + half, item.parity() ^ 1);
+      wait(shared.statistics_empty + half, item.phase() ^ 1);
       shared.statistics[half][row] = {state.offset, state.sum};
       __syncwarp();
       release(shared.statistics_full + half);
@@ -386,11 +388,11 @@ struct Forward {
 
   __device__ __forceinline__ void finish(uint32_t tensor_memory) const {
     const uint32_t lanes = tensor_memory + (threadIdx.x % 128 / 32 * 32 << 16);
-    Place<Shape::work_slots> slot;
-    Place<Shape::staged_boxes> staged;
+    PipelineState<Shape::work_slots> slot;
+    PipelineState<Shape::staged_boxes> staged;
     uint32_t tiles = 0;
     for (;; slot.advance()) {
-      wait(shared.works_full + slot.stage(), slot.parity());
+      wait(shared.works_full + slot.stage(), slot.phase());
       const WorkRecord& work = shared.work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
       if constexpr (careful) clean_values(tiles);
@@ -404,7 +406,7 @@ struct Forward {
 
   __device__ __forceinline__ void finish_half(const WorkRecord& work, int half, uint32_t lanes,
                                               uint32_t parity,
-                                              Place<Shape::staged_boxes>& staged) const {
+                                              PipelineState<Shape::staged_boxes>& staged) const {
     const int row = threadIdx.x % 128;
     const bool has_rows = uniform(static_cast<int>(work.has_rows[half]));
     wait(shared.statistics_full + half, parity);
@@ -463,13 +465,13 @@ struct Forward {
   // Cleans all values of a query tile, as they come. `tiles`: key tiles of all query tiles so far.
   __device__ __forceinline__ void clean_values(uint32_t& tiles) const {
     for (bool ended = false; !ended; ++tiles) {
-      Place<Shape::records> record{tiles};
-      const Place<stages> values{2 * tiles + 1};
+      PipelineState<Shape::records> record{tiles};
+      const PipelineState<stages> values{2 * tiles + 1};
       ended = take_record(record).flags & last_tile;
       wait(&shared.values_full, tiles & 1);
       wait(&shared.clean_empty, ~tiles & 1);
-      take_out_non_finite<Element, head_dim>(shared.tiles[values.stage()], threadIdx.x % 128,
-                                             shared.non_finite);
+      take_out_non_finite<Element, head_dim, 128>(shared.tiles[values.stage()], threadIdx.x % 128,
+                                                  shared.non_finite);
       __syncwarp();
       release(&shared.clean_full);
     }
@@ -477,51 +479,46 @@ struct Forward {
 };
 
 template <typename Element, int head_dim, bool careful>
-__device__ __forceinline__ void run(const Parameters& parameters) {
-  using Shape = Shared<head_dim>;
-  extern __shared__ __align__(1024) uint8_t raw[];
-  auto& shared = *reinterpret_cast<Shape*>(raw);
-  const Forward<Element, head_dim, careful> kernel(parameters, shared);
-  const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
-  if (threadIdx.x == 0) kernel.init_barriers();
-  if (warp == multiply_warp) allocate_tensor_memory<tensor_columns>(&shared.tensor_memory);
-  before_barrier();
-  __syncthreads();
-  after_barrier();
-  const uint32_t tensor_memory = shared.tensor_memory;
-  if (warp < output_warp) {
-    take_registers<Shape::soften_registers>();
-    kernel.soften(warp / 4, tensor_memory);
-  } else if (warp < multiply_warp) {
-    give_registers<Shape::finish_registers>();
-    kernel.finish(tensor_memory);
-  } else {
-    give_registers<Shape::other_registers>();
-    if (warp == multiply_warp) {
-      if (elected()) kernel.multiply_all(tensor_memory);
-      __syncwarp();
-      free_tensor_memory<tensor_columns>(tensor_memory);
-    } else if (warp == load_warp) {
-      kernel.load();
-    } else if (warp == plan_warp) {
-      plan<Shape::work_slots>(parameters, shared.work_records,
-                              {shared.works_full, shared.works_empty});
+struct Kernel {
+  // Rows are loaded and stored by halves.
+  static constexpr int log2_query_tile = log2_tile;
+  static constexpr int log2_query_box = log2_half;
+  static constexpr int log2_output_box = log2_half;
+  static constexpr int threads = 512;
+  static constexpr int shared_bytes = sm100::shared_bytes<head_dim>;
+
+  __device__ __forceinline__ static void run(const Parameters& parameters) {
+    using Shape = Shared<head_dim>;
+    extern __shared__ __align__(1024) uint8_t raw[];
+    auto& shared = *reinterpret_cast<Shape*>(raw);
+    const Forward<Element, head_dim, careful> kernel(parameters, shared);
+    const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
+    if (threadIdx.x == 0) kernel.init_barriers();
+    if (warp == multiply_warp) allocate_tensor_memory<tensor_columns>(&shared.tensor_memory);
+    before_barrier();
+    __syncthreads();
+    after_barrier();
+    const uint32_t tensor_memory = shared.tensor_memory;
+    if (warp < output_warp) {
+      take_registers<Shape::soften_registers>();
+      kernel.soften(warp / 4, tensor_memory);
+    } else if (warp < multiply_warp) {
+      give_registers<Shape::finish_registers>();
+      kernel.finish(tensor_memory);
+    } else {
+      give_registers<Shape::other_registers>();
+      if (warp == multiply_warp) {
+        if (elected()) kernel.multiply_all(tensor_memory);
+        __syncwarp();
+        free_tensor_memory<tensor_columns>(tensor_memory);
+      } else if (warp == load_warp) {
+        kernel.load();
+      } else if (warp == plan_warp) {
+        plan<Shape::work_slots>(parameters, shared.work_records,
+                                {shared.works_full, shared.works_empty});
+      }
     }
   }
-}
-
-template <typename Element, int head_dim>
-__global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Parameters parameters) {
-  run<Element, head_dim, false>(parameters);
-}
-
-// Follows each launch of `forward`, and ends at once unless that found its output to be in doubt.
-template <typename Element, int head_dim>
-__global__ void __launch_bounds__(threads, 1)
-    forward_carefully(const __grid_constant__ Parameters parameters) {
-  if (!redo_is_demanded(parameters)) return;
-  run<Element, head_dim, true>(parameters);
-  end_redo(parameters);
-}
+};
 
 }  // namespace gna::sm100

@@ -1,7 +1,8 @@
 // The shapes of the Blackwell kernel, its shared memory, its barriers and its tensor memory.
 #pragma once
 
-#include "gna/cuda/work.cuh"
+#include "../cuda/nonfinite.cuh"
+#include "../cuda/tile_scheduler.cuh"
 
 namespace gna::sm100 {
 
@@ -10,7 +11,6 @@ using namespace gna::cuda;
 constexpr int log2_tile = 8;  // rows of a query tile
 constexpr int log2_half = 7;
 constexpr int half_rows = 1 << log2_half;
-constexpr int threads = 512;
 
 // Warps by role: four for the softmax of each half, four for the output, then one each.
 constexpr int output_warp = 8;
@@ -31,12 +31,6 @@ GNA_HD constexpr uint32_t output_column(int half) { return 256 + 128 * half; }
 // What the softmax of a row ends with: the weights are 2^(scaled score - offset), and add up to `sum`.
 struct Statistics {
   float offset, sum;
-};
-
-// Where a tile of values has what is not finite: by column, the keys, 32 a word.
-template <int head_dim>
-struct NonFinite {
-  uint32_t nan[4][head_dim], plus[4][head_dim], minus[4][head_dim];
 };
 
 // Barriers and small things of a block in shared memory. docs/blackwell.md has a table of who arrives

@@ -5,7 +5,7 @@
 // lane << 16 | column. A warp reads and writes the 32 lanes from 32 times its rank in its warpgroup on.
 #pragma once
 
-#include "gna/cuda/ptx.cuh"
+#include "../cuda/ptx.cuh"
 
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM100_ALL) && \
     !(defined(__CUDA_ARCH_FAMILY_SPECIFIC__) && __CUDA_ARCH_FAMILY_SPECIFIC__ == 1000)
@@ -192,12 +192,6 @@ __device__ __forceinline__ Pair multiply_add(Pair a, Pair b, Pair c) {
 __device__ __forceinline__ Pair add(Pair a, Pair b) {
   uint64_t result;
   asm("add.rn.f32x2 %0, %1, %2;" : "=l"(result) : "l"(bits_of(a)), "l"(bits_of(b)));
-  return pair_of(result);
-}
-
-__device__ __forceinline__ Pair multiply(Pair a, Pair b) {
-  uint64_t result;
-  asm("mul.rn.f32x2 %0, %1, %2;" : "=l"(result) : "l"(bits_of(a)), "l"(bits_of(b)));
   return pair_of(result);
 }
 

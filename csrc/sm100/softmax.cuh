@@ -1,19 +1,12 @@
 // What one thread does with its row of a tile of scores: mask it, soften it.
 #pragma once
 
-#include "gna/bits.h"
-#include "gna/box_mask.h"
+#include "../cuda/mask.cuh"
+#include "../cuda/softmax.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
 
 namespace gna::sm100 {
-
-constexpr float infinity = __builtin_huge_valf();
-
-// The largest shifted score that needs no new offset: 2 to it, and sums of it, must be far below what
-// the type of the weights can hold. The higher, the seldomer offsets change.
-template <typename Element>
-constexpr float most_shifted = std::is_same_v<Element, __half> ? 10.0f : 30.0f;
 
 // The visible columns of a tile, 32 a word.
 struct MaskWords {

@@ -12,6 +12,8 @@
 // the computing warps find all decisions in shared memory.
 #pragma once
 
+#include "../cuda/logsumexp.cuh"
+#include "../cuda/tma.cuh"
 #include "parameters.cuh"
 #include "ptx.cuh"
 #include "scores.cuh"
@@ -33,7 +35,7 @@ struct Forward {
   KeyRecord* key_records;
   WorkRecord* work_records;
   NonFinite<head_dim>& non_finite;
-  Ring queries, keys, values, works;
+  Pipeline queries, keys, values, works;
 
   __device__ __forceinline__ Forward(const Parameters& parameters, uint8_t* shared)
       : parameters(parameters),
@@ -51,7 +53,7 @@ struct Forward {
 
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < stages; ++stage)
-      for (const Ring& ring : {keys, values}) {
+      for (const Pipeline& ring : {keys, values}) {
         barrier_init(ring.full + stage, 1);
         barrier_init(ring.empty + stage, computing_warps);
       }
@@ -83,13 +85,13 @@ struct Forward {
     if (parameters.key_coordinates.steps == 0) by_words |= axes_masked | axes_masked << half_bits;
     const int axis = smaller(lane % 4, max_axes - 1);
     const int log2_extent = problem.axes[axis].log2_key;
-    Place<stages> key;
-    Place<1> query;
-    for (Place<slots> slot;; slot.advance()) {
-      wait(works.full + slot.stage(), slot.parity());
+    PipelineState<stages> key;
+    PipelineState<1> query;
+    for (PipelineState<slots> slot;; slot.advance()) {
+      wait(works.full + slot.stage(), slot.phase());
       const WorkRecord& work = work_records[slot.stage()];
       if (work.done) break;
-      wait(queries.empty, query.parity() ^ 1);
+      wait(queries.empty, query.phase() ^ 1);
       if (leads) load_query(work);
       query.advance();
       const RowsAxis rows = work.halves[lane / 4 % 2][axis];
@@ -99,7 +101,7 @@ struct Forward {
         walk.next(problem, work.tile);
         if (flags & by_words) flags |= words_masked;
         if (walk.done) flags |= last_tile;
-        wait(keys.empty + key.stage(), key.parity() ^ 1);
+        wait(keys.empty + key.stage(), key.phase() ^ 1);
         if (leads) {
           key_records[key.stage()] = {{tile.at[0], tile.at[1], tile.at[2]}, flags};
           load_keys<boxes>(parameters, parameters.key, work, tile, keys.full + key.stage(),
@@ -113,13 +115,13 @@ struct Forward {
 
   __device__ __forceinline__ void load_values() const {
     const bool leads = threadIdx.x % 32 == 0;
-    Place<stages> value;
-    for (Place<slots> slot;; slot.advance()) {
-      wait(works.full + slot.stage(), slot.parity());
+    PipelineState<stages> value;
+    for (PipelineState<slots> slot;; slot.advance()) {
+      wait(works.full + slot.stage(), slot.phase());
       const WorkRecord& work = work_records[slot.stage()];
       if (work.done) break;
       for (KeyWalk walk(work.tile); !walk.done; walk.next(problem, work.tile), value.advance()) {
-        wait(values.empty + value.stage(), value.parity() ^ 1);
+        wait(values.empty + value.stage(), value.phase() ^ 1);
         if (leads)
           load_keys<boxes>(parameters, parameters.value, work, walk.tile, values.full + value.stage(),
                            shared + Shape::value + value.stage() * tile_bytes);
@@ -154,8 +156,8 @@ struct Forward {
   __device__ __forceinline__ static void await_turn(int half) { named_sync<256>(1 + half); }
   __device__ __forceinline__ static void pass_turn(int half) { named_arrive<256>(2 - half); }
 
-  __device__ __forceinline__ KeyRecord await_keys(const Place<stages>& key) const {
-    wait(keys.full + key.stage(), key.parity());
+  __device__ __forceinline__ KeyRecord await_keys(const PipelineState<stages>& key) const {
+    wait(keys.full + key.stage(), key.phase());
     const int4 raw = *reinterpret_cast<const int4*>(key_records + key.stage());
     return {{raw.x, raw.y, raw.z}, static_cast<uint32_t>(raw.w)};
   }
@@ -248,12 +250,12 @@ struct Forward {
     const int shift = half * half_bits;
     const uint32_t own_skip = skipped << shift, other_skip = skipped << (half_bits - shift);
     const float scale = parameters.scale_log2;
-    Place<stages> key;
-    Place<1> query;
-    Place<slots> slot;
+    PipelineState<stages> key;
+    PipelineState<1> query;
+    PipelineState<slots> slot;
     if (half == 1) pass_turn(half);
     while (true) {
-      wait(works.full + slot.stage(), slot.parity());
+      wait(works.full + slot.stage(), slot.phase());
       const WorkRecord& work = work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
       const int batch = work.batch;
@@ -264,14 +266,14 @@ struct Forward {
 #pragma unroll
       for (float& x : output) x = 0.0f;
 
-      wait(queries.full, query.parity());
+      wait(queries.full, query.phase());
       KeyRecord tile = await_keys(key), next;
       bool ended = false;
       while (true) {
         while (tile.flags & own_skip) {
           __syncwarp();  // all have read the record
           release(keys.empty + key.stage());
-          wait(values.full + key.stage(), key.parity());
+          wait(values.full + key.stage(), key.phase());
           release(values.empty + key.stage());
           key.advance();
           ended = tile.flags & last_tile;
@@ -304,7 +306,7 @@ struct Forward {
         raise_and_weigh(scores, rows, output, weights, sum);
         for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
         bool settled = have_offsets(rows);
-        Place<stages> value = key;
+        PipelineState<stages> value = key;
         key.advance();
 
         // The scores of a tile, and the output of the tile before it. Tiles that are masked by words are
@@ -317,7 +319,7 @@ struct Forward {
           if (hides) hidden_operands(hidden, operands);
           if (takes_turn) await_turn(half);
           start_scores(scores, half, key.stage(), hides, operands);
-          wait(values.full + value.stage(), value.parity());
+          wait(values.full + value.stage(), value.phase());
           start_output(output, weights, value.stage());
           if (takes_turn && !passes_late) pass_turn(half);
           ended = tile.flags & last_tile;
@@ -350,7 +352,7 @@ struct Forward {
           key.advance();
         }
 
-        wait(values.full + value.stage(), value.parity());
+        wait(values.full + value.stage(), value.phase());
         start_output(output, weights, value.stage());
         matrix_wait<0>();
         pin(output);
@@ -378,10 +380,10 @@ struct Forward {
   __device__ __forceinline__ void compute_carefully(int half) const {
     const int thread = threadIdx.x % 128;
     const int row = half * half_rows + thread / 32 * 16 + thread % 32 / 4;
-    Place<stages> key;
-    Place<1> query;
-    for (Place<slots> slot;; slot.advance()) {
-      wait(works.full + slot.stage(), slot.parity());
+    PipelineState<stages> key;
+    PipelineState<1> query;
+    for (PipelineState<slots> slot;; slot.advance()) {
+      wait(works.full + slot.stage(), slot.phase());
       const WorkRecord& work = work_records[slot.stage()];
       if (uniform(static_cast<int>(work.done))) break;
       ThreadRows rows;
@@ -390,7 +392,7 @@ struct Forward {
       uint32_t weights[32], operands[8] = {};
 #pragma unroll
       for (float& x : output) x = 0.0f;
-      wait(queries.full, query.parity());
+      wait(queries.full, query.phase());
       for (bool ended = false; !ended; key.advance()) {
         const KeyRecord tile = await_keys(key);
         ended = tile.flags & last_tile;
@@ -412,7 +414,7 @@ struct Forward {
         weigh<Element>(scores, weights, sum);
         for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
 
-        wait(values.full + key.stage(), key.parity());
+        wait(values.full + key.stage(), key.phase());
         const bool found = named_any<256>(5, take_out_non_finite(key.stage()));
         start_output(output, weights, key.stage());
         matrix_wait<0>();
@@ -429,35 +431,10 @@ struct Forward {
     if (thread == 0) wait_stores_read();
   }
 
-  // Zeroes what is not finite in a tile of values and notes where it was; whether there was any.
+  // By both warpgroups.
   __device__ __forceinline__ bool take_out_non_finite(int stage) const {
-    constexpr uint32_t exponent = std::is_same_v<Element, __half> ? 0x7c00 : 0x7f80;
-    constexpr uint32_t sign = 0x8000;
-    constexpr int words = 4 * head_dim / 256;  // of a thread
-    const int thread = threadIdx.x % 256 ^ 128;
-    const int column = thread % head_dim;
-    uint8_t* const tile = shared + Shape::value + stage * tile_bytes + column / box_columns * box_bytes;
-    bool found = false;
-    for (int word = thread / head_dim * words, end = word + words; word < end; ++word) {
-      uint32_t nan = 0, plus = 0, minus = 0;
-      for (int bit = 0; bit < 32; ++bit) {
-        const int key = 32 * word + bit;
-        const int chunk = column % box_columns / 8 ^ key % 8;
-        auto* const value =
-            reinterpret_cast<uint16_t*>(tile + key * row_bytes + chunk * 16) + column % 8;
-        const uint32_t bits = *value;
-        if ((bits & exponent) != exponent) continue;
-        const bool is_nan = (bits & ~sign) != exponent;
-        (is_nan ? nan : bits & sign ? minus : plus) |= 1u << bit;
-        *value = 0;
-        found = true;
-      }
-      non_finite.nan[word][column] = nan;
-      non_finite.plus[word][column] = plus;
-      non_finite.minus[word][column] = minus;
-    }
-    fence_shared_for_copies();
-    return found;
+    return gna::cuda::take_out_non_finite<Element, head_dim, 256>(
+        shared + Shape::value + stage * tile_bytes, threadIdx.x % 256 ^ 128, non_finite);
   }
 
   // Adds what was taken out to the rows that see it.
@@ -536,41 +513,36 @@ struct Forward {
 };
 
 template <typename Element, int head_dim, bool careful>
-__device__ __forceinline__ void run(const Parameters& parameters) {
-  extern __shared__ uint8_t raw[];
-  uint8_t* const shared = raw + (1024 - shared_address(raw) % 1024) % 1024;
-  const Forward<Element, head_dim> kernel(parameters, shared);
-  if (threadIdx.x == 0) kernel.init_barriers();
-  if (!careful && threadIdx.x < 128) {
-    write_coordinates(parameters.key_coordinates, shared + Layout<head_dim>::coordinates);
-    fence_shared_for_copies();
-  }
-  __syncthreads();
-  if (threadIdx.x < 128) {
-    give_registers<40>();
-    kernel.plan_and_load();
-  } else {
-    take_registers<232>();
-    const int half = uniform(static_cast<int>(threadIdx.x) / 128 - 1);
-    if constexpr (careful)
-      kernel.compute_carefully(half);
-    else
-      kernel.compute(half);
-  }
-}
+struct Kernel {
+  // Rows are loaded for both computing warpgroups at once; each stores its own.
+  static constexpr int log2_query_tile = log2_tile;
+  static constexpr int log2_query_box = log2_tile;
+  static constexpr int log2_output_box = log2_half;
+  static constexpr int threads = 384;
+  static constexpr int shared_bytes = Layout<head_dim>::bytes;
 
-template <typename Element, int head_dim>
-__global__ void __launch_bounds__(threads, 1) forward(const __grid_constant__ Parameters parameters) {
-  run<Element, head_dim, false>(parameters);
-}
-
-// Follows each launch of `forward`, and ends at once unless that found its output to be in doubt.
-template <typename Element, int head_dim>
-__global__ void __launch_bounds__(threads, 1)
-    forward_carefully(const __grid_constant__ Parameters parameters) {
-  if (!redo_is_demanded(parameters)) return;
-  run<Element, head_dim, true>(parameters);
-  end_redo(parameters);
-}
+  __device__ __forceinline__ static void run(const Parameters& parameters) {
+    extern __shared__ uint8_t raw[];
+    uint8_t* const shared = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    const Forward<Element, head_dim> kernel(parameters, shared);
+    if (threadIdx.x == 0) kernel.init_barriers();
+    if (!careful && threadIdx.x < 128) {
+      write_coordinates(parameters.key_coordinates, shared + Layout<head_dim>::coordinates);
+      fence_shared_for_copies();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+      give_registers<40>();
+      kernel.plan_and_load();
+    } else {
+      take_registers<232>();
+      const int half = uniform(static_cast<int>(threadIdx.x) / 128 - 1);
+      if constexpr (careful)
+        kernel.compute_carefully(half);
+      else
+        kernel.compute(half);
+    }
+  }
+};
 
 }  // namespace gna::sm90

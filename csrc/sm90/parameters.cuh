@@ -1,7 +1,8 @@
 // The shapes of the Hopper kernel.
 #pragma once
 
-#include "gna/cuda/work.cuh"
+#include "../cuda/nonfinite.cuh"
+#include "../cuda/tile_scheduler.cuh"
 
 namespace gna::sm90 {
 
@@ -12,7 +13,6 @@ constexpr int tile_rows = 1 << log2_tile;
 constexpr int log2_half = 6;  // query rows of one consumer warpgroup
 constexpr int half_rows = 1 << log2_half;
 constexpr int box_bytes = tile_rows * row_bytes;
-constexpr int threads = 384;
 
 static_assert(box_bytes == key_box_bytes);
 
@@ -20,12 +20,6 @@ static_assert(box_bytes == key_box_bytes);
 constexpr uint32_t words_masked = 1 << 12;
 
 using WorkRecord = gna::cuda::WorkRecord<log2_tile>;
-
-// Where a tile of values has what is not finite: by column, the keys, 32 a word.
-template <int head_dim>
-struct NonFinite {
-  uint32_t nan[4][head_dim], plus[4][head_dim], minus[4][head_dim];
-};
 
 // Stages of keys and of values, and the shared memory of a block.
 template <int head_dim>

@@ -3,7 +3,7 @@
 // PTX ISA, section "wgmma".
 #pragma once
 
-#include "gna/cuda/ptx.cuh"
+#include "../cuda/ptx.cuh"
 
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error "this file needs the target sm_90a"

@@ -4,18 +4,12 @@
 // 16 w + l / 4 and 8 rows further down; element 4 n + 2 r + e is row r's column 8 n + 2 (l % 4) + e.
 #pragma once
 
-#include "gna/bits.h"
-#include "gna/box_mask.h"
+#include "../cuda/mask.cuh"
+#include "../cuda/softmax.cuh"
 #include "parameters.cuh"
 #include "ptx.cuh"
 
 namespace gna::sm90 {
-
-constexpr float infinity = __builtin_huge_valf();
-
-// Where offsets are raised, they are for shifted scores from here on. The higher, the seldomer.
-template <typename Element>
-constexpr float most_shifted = std::is_same_v<Element, __half> ? 10.0f : 30.0f;
 
 // A sum of 32 weights from here on has one that is at least 2^most_shifted; below it the type of the
 // weights can hold them all.

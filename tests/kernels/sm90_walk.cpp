@@ -2,10 +2,9 @@
 // Built and called by test_sm90.py.
 #include <cstdint>
 
-#include "gna/bits.h"
 #include "gna/box_mask.h"
 #include "gna/coordinate_mask.h"
-#include "gna/walk.h"
+#include "gna/tile_walk.h"
 
 namespace {
 

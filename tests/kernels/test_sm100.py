@@ -42,7 +42,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     command = [
         *(NVCC, "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-Xptxas", "-v"),
         *("-gencode", "arch=compute_100f,code=sm_100f", f"-I{ROOT / 'csrc/include'}"),
-        *(str(ROOT / f"csrc/sm100/forward_{request.param}.cu"), "-o", str(cubin)),
+        *(str(ROOT / f"csrc/sm100/kernels/{request.param}.cu"), "-o", str(cubin)),
     ]
     run = subprocess.run(command, capture_output=True, text=True)
     notices = run.stdout + run.stderr

@@ -163,7 +163,7 @@ def test_compiles_to_asynchronous_matrix_instructions(kernel: str, tmp_path: Pat
     command = [
         *(str(NVCC), "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-Xptxas", "-v"),
         *("-gencode", "arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc/include'}"),
-        *(str(ROOT / f"csrc/sm90/forward_{kernel}.cu"), "-o", str(cubin)),
+        *(str(ROOT / f"csrc/sm90/kernels/{kernel}.cu"), "-o", str(cubin)),
     ]
     run = subprocess.run(command, capture_output=True, text=True)
     notices = run.stdout + run.stderr

@@ -27,10 +27,10 @@ TOLERANCE = {torch.float16: (1.5e-3, 1e-3), torch.bfloat16: (8e-3, 1e-3)}
 def library_of(name: str, host: Path | None = None) -> interpreter.Library:
     """Kernel `name` with the host code of csrc, or of another copy of it."""
     loaded = interpreter.Library(build.ROOT / "csrc" / name, ARCHITECTURES[name][0], host)
-    forward = getattr(loaded.functions, f"gna_{name}_forward")
+    forward = loaded.functions.gna_forward
     forward.argtypes = [POINTER(NativeProblem), *[POINTER(TensorView)] * 4, c_void_p, c_void_p]
     forward.restype = c_int32
-    getattr(loaded.functions, f"gna_{name}_message").restype = c_char_p
+    loaded.functions.gna_message.restype = c_char_p
     return loaded
 
 
@@ -133,10 +133,11 @@ class Attention:
             native.key_mask = key_mask.data_ptr()
             native.key_mask_batch_stride, native.key_mask_token_stride = key_mask.stride()
         views = [TensorView(x.data_ptr(), *x.stride()[:3]) for x in (query, key, value, output)]
-        forward = getattr(functions, f"gna_{name}_forward")
-        if forward(native, *map(ctypes.byref, views), logsumexp.data_ptr(), None) != 0:
-            text = getattr(functions, f"gna_{name}_message")().decode()
-            raise interpreter.PtxError(text)
+        if (
+            functions.gna_forward(native, *map(ctypes.byref, views), logsumexp.data_ptr(), None)
+            != 0
+        ):
+            raise interpreter.PtxError(functions.gna_message().decode())
         result = output.clone()
         output.fill_(torch.nan)
         assert around.isnan().all(), "something was stored outside the output"

@@ -83,12 +83,13 @@ def interpreter() -> Path:
 
 
 def kernels(folder: Path, architecture: str, host: Path | None = None) -> Path:
-    """The host code and the PTX of all .cu files of a folder, bound to the interpreter.
+    """The host code and the PTX of an architecture's kernels, bound to the interpreter.
 
     Args:
         folder: csrc/sm90, for example.
         architecture: of the PTX, for example compute_90a.
-        host: another csrc, of which host.cu and its headers are taken; it may go away afterwards.
+        host: another csrc, of which cuda/host.cu and its headers are taken; it may go away
+            afterwards.
 
     Raises:
         RuntimeError: there is no nvcc.
@@ -99,19 +100,19 @@ def kernels(folder: Path, architecture: str, host: Path | None = None) -> Path:
     version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
     flags = [*NVCC_FLAGS, "-gencode", f"arch={architecture},code={architecture}"]
 
-    def made_of(csrc: Path, names: Sequence[str]) -> list[Path]:
-        sources = csrc / folder.name
-        key = _key(version, flags, *_sources(sources), *_sources(csrc / "include"))
+    def made_of(csrc: Path, pattern: str) -> list[Path]:
+        parts = [csrc / part for part in ("include", "cuda", folder.name)]
+        key = _key(version, flags, *[source for part in parts for source in _sources(part)])
         into = CACHE / f"{folder.name}-{key}"
         command = [NVCC, "-c", *flags, f"-I{csrc / 'include'}"]
         return [
-            _make(into / f"{name}.o", [*command, sources / f"{name}.cu", "-o"]) for name in names
+            _make(into / f"{source.stem}.o", [*command, source, "-o"])
+            for source in sorted(csrc.glob(pattern))
         ]
 
-    names = sorted(source.stem for source in folder.glob("*.cu"))
     with _alone():
-        of_host = made_of(host or folder.parent, ["host"])
-        objects = of_host + made_of(folder.parent, [name for name in names if name != "host"])
+        of_host = made_of(host or folder.parent, "cuda/host.cu")
+        objects = of_host + made_of(folder.parent, f"{folder.name}/kernels/*.cu")
         library = of_host[0].parent / f"{folder.name}-{runtime.parent.name}.so"
         link = [CXX, "-shared", *objects, runtime, f"-Wl,-rpath,{runtime.parent}", "-o"]
         return _make(library, link)

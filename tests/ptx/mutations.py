@@ -21,8 +21,8 @@ from ptx import build, interpreter
 from ptx.attention import ARCHITECTURES, Attention, library, library_of
 
 FORWARD = "{name}/forward.cuh"
-SHARED = "include/gna/cuda/"
-HOST = SHARED + "host.h"
+SHARED = "cuda/"
+HOST = SHARED + "host.cu"
 
 
 @dataclass(frozen=True)
@@ -134,26 +134,26 @@ MUTATIONS = [
     _sm90(
         "the loader of values waits for the other parity",
         FORWARD,
-        "wait(values.empty + value.stage(), value.parity() ^ 1);",
-        "wait(values.empty + value.stage(), value.parity());",
+        "wait(values.empty + value.stage(), value.phase() ^ 1);",
+        "wait(values.empty + value.stage(), value.phase());",
     ),
     _sm90(
         "the loader of keys does not wait for a free stage",
         FORWARD,
-        "        wait(keys.empty + key.stage(), key.parity() ^ 1);\n",
+        "        wait(keys.empty + key.stage(), key.phase() ^ 1);\n",
         "",
         problem="wide",
     ),
     _sm90(
         "nobody waits for keys",
         FORWARD,
-        "    wait(keys.full + key.stage(), key.parity());\n",
+        "    wait(keys.full + key.stage(), key.phase());\n",
         "",
     ),
     _sm90(
         "values are not awaited in the loop",
         FORWARD,
-        "          wait(values.full + value.stage(), value.parity());\n"
+        "          wait(values.full + value.stage(), value.phase());\n"
         "          start_output(output, weights, value.stage());\n          if (takes",
         "          start_output(output, weights, value.stage());\n          if (takes",
     ),
@@ -222,8 +222,8 @@ MUTATIONS = [
     _sm90(
         "the coordinates of keys are not shown to the tensor core",
         FORWARD,
-        "    fence_shared_for_copies();\n  }\n  __syncthreads();",
-        "  }\n  __syncthreads();",
+        "      fence_shared_for_copies();\n    }\n    __syncthreads();",
+        "    }\n    __syncthreads();",
     ),
     _sm90(
         "masks end after their first step",
@@ -307,8 +307,8 @@ MUTATIONS = [
     _sm90(
         "barriers are used before they are known",
         FORWARD,
-        "  __syncthreads();\n  if (threadIdx.x < 128)",
-        "  if (threadIdx.x < 128)",
+        "    __syncthreads();\n    if (threadIdx.x < 128)",
+        "    if (threadIdx.x < 128)",
     ),
     _sm90(
         "more registers than an SM has",
@@ -318,33 +318,33 @@ MUTATIONS = [
     ),
     _sm90(
         "a box starts one key further",
-        SHARED + "work.cuh",
+        SHARED + "tma.cuh",
         "token_of(query.axes[2], tile.at[2])",
         "token_of(query.axes[2], tile.at[2] + 1)",
     ),
     _sm90(
         "no bytes are expected",
-        SHARED + "work.cuh",
+        SHARED + "tma.cuh",
         "arrive_expecting(full, bytes);",
         "arrive(full);",
     ),
     _sm90(
         "too many bytes are expected",
-        SHARED + "work.cuh",
+        SHARED + "tma.cuh",
         "arrive_expecting(full, bytes);",
         "arrive_expecting(full, bytes + 16);",
     ),
     _sm90(
         "work records are handed on before all lanes have written",
-        SHARED + "work.cuh",
+        SHARED + "tile_scheduler.cuh",
         "  __syncwarp();\n  return true;",
         "  return true;",
     ),
     _sm90(
         "values without what is not finite are not shown to the tensor core",
-        FORWARD,
-        "    fence_shared_for_copies();\n    return found;",
-        "    return found;",
+        SHARED + "nonfinite.cuh",
+        "  fence_shared_for_copies();\n  return found;",
+        "  return found;",
         problem="careful",
     ),
     _sm90(
@@ -374,7 +374,7 @@ MUTATIONS = [
     ),
     _sm90(
         "two query tiles store the same rows",
-        SHARED + "work.cuh",
+        SHARED + "tile_scheduler.cuh",
         "index += gridDim.x) {",
         "index += gridDim.x - (index == 3)) {",
     ),
@@ -431,7 +431,7 @@ MUTATIONS = [
     _sm100(
         "an output is begun while the one before is still being read",
         FORWARD,
-        "      if (state.fresh) wait(shared.output_empty + half, item.parity() ^ 1);\n",
+        "      if (state.fresh) wait(shared.output_empty + half, item.phase() ^ 1);\n",
         "",
     ),
     _sm100(
@@ -443,7 +443,7 @@ MUTATIONS = [
     _sm100(
         "tensor memory is freed while the last output is being read",
         FORWARD,
-        "    for (int half = 0; half < 2; ++half) wait(shared.output_empty + half, item.parity() ^ 1);\n",
+        "    for (int half = 0; half < 2; ++half) wait(shared.output_empty + half, item.phase() ^ 1);\n",
         "",
     ),
     _sm100(
@@ -504,7 +504,7 @@ MUTATIONS = [
     _sm100(
         "key records are overwritten unread",
         FORWARD,
-        "      wait(shared.records_empty + record.stage(), record.parity() ^ 1);\n",
+        "      wait(shared.records_empty + record.stage(), record.phase() ^ 1);\n",
         "",
         problem="wide",
     ),
@@ -517,7 +517,7 @@ MUTATIONS = [
     _sm100(
         "statistics are overwritten unread",
         FORWARD,
-        "      wait(shared.statistics_empty + half, item.parity() ^ 1);\n",
+        "      wait(shared.statistics_empty + half, item.phase() ^ 1);\n",
         "",
     ),
     _sm100(
@@ -575,7 +575,7 @@ def _edited(mutation: Mutation) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "csrc"
-        for part in ("include", mutation.kernel):
+        for part in ("include", "cuda", mutation.kernel):
             shutil.copytree(build.ROOT / "csrc" / part, copy / part)
         file = copy / mutation.file
         text = file.read_text()
@@ -590,7 +590,7 @@ def _ptx_of(kernel: str, csrc: Path) -> str:
     made = csrc / "kernel.ptx"
     flags = [flag for flag in build.NVCC_FLAGS if flag != "--no-compress"]
     flags += [f"-arch={ARCHITECTURES[kernel][0]}", f"-I{csrc / 'include'}"]
-    source = csrc / kernel / "forward_bf16_64.cu"
+    source = csrc / kernel / "kernels" / "bf16_64.cu"
     command = [str(build.NVCC), "-ptx", *flags, str(source), "-o", str(made)]
     subprocess.run(command, check=True, capture_output=True)
     return made.read_text()
@@ -605,7 +605,7 @@ def planted(mutation: Mutation) -> Iterator[interpreter.Library]:
             return
         text = _ptx_of(mutation.kernel, csrc)
     loaded = library(mutation.kernel)
-    kernel = f"{mutation.kernel}7forwardI13__nv_bfloat16Li64E"
+    kernel = f"7forwardINS_{len(mutation.kernel)}{mutation.kernel}6KernelE13__nv_bfloat16Li64E"
     original = loaded.text(kernel)
     loaded.replace_text(kernel, text)
     try:

@@ -1,4 +1,4 @@
-// Masks of boxes as bits, as in bits.h, with what is the same for all tiles worked out beforehand.
+// Masks of boxes as bits, with what is the same for all tiles worked out beforehand.
 //
 // A word holds 32 tokens of a box in raster order. Along one axis a word covers the coordinates
 // [first, first + width), each for 2^shift tokens in a row, and then perhaps the same ones again; so
@@ -11,6 +11,8 @@
 #include "gna/macros.h"
 
 namespace gna {
+
+constexpr uint32_t all_bits = 0xffffffffu;
 
 // One axis of a box as the words see it.
 struct AxisWords {

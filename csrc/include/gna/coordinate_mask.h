@@ -11,9 +11,8 @@
 
 #include <cstdint>
 
-#include "gna/bits.h"
 #include "gna/box_mask.h"
-#include "gna/walk.h"
+#include "gna/tile_walk.h"
 
 namespace gna {
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' shared libraries and their C interface; see csrc/include/gna/cuda/gna_cuda.h."""
+"""The CUDA kernels' shared libraries and their C interface; see csrc/cuda/api.h."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def library(name: str) -> Library | None:
         return None
     loaded = ctypes.CDLL(str(built[0]))
     declines, forward, message = (
-        getattr(loaded, f"gna_{name}_{function}") for function in ("declines", "forward", "message")
+        getattr(loaded, f"gna_{function}") for function in ("declines", "forward", "message")
     )
     tensor = POINTER(TensorView)
     declines.argtypes = [c_int32, c_int32, c_int32, tensor]

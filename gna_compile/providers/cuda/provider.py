@@ -1,4 +1,4 @@
-"""The provider of a native CUDA kernel; see csrc/include/gna/cuda/gna_cuda.h.
+"""The provider of a native CUDA kernel; see csrc/cuda/api.h.
 
 Forward only: gradients are FlexAttention's, or the portable provider's where it cannot run.
 """

@@ -1,11 +1,14 @@
-/* What the C interfaces of the CUDA kernels have in common: neighbourhood attention, forward.
+/* The C interface of each library of CUDA kernels: neighborhood attention, forward.
  *
  * Definitions: gna_compile/geometry.py. Tensors are plain device pointers with strides in elements;
- * nothing is copied. A call launches on `stream` of the current device, synchronises with nothing,
+ * nothing is copied. A call launches on `stream` of the current device, synchronizes with nothing,
  * allocates nothing and may be captured in a CUDA graph. It may come from any thread.
+ *
+ * There is a library for each architecture. All export the same names: load each by itself, as dlopen
+ * does without RTLD_GLOBAL.
  */
-#ifndef GNA_CUDA_H
-#define GNA_CUDA_H
+#ifndef GNA_CUDA_API_H
+#define GNA_CUDA_API_H
 
 #include <stdint.h>
 
@@ -46,5 +49,25 @@ typedef struct {
   int64_t key_mask_batch_stride, key_mask_token_stride;
   float scale; /* positive */
 } gna_cuda_problem;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Why the kernel cannot read a tensor with these strides, or null if it can. */
+GNA_CUDA_API const char* gna_declines(int32_t batch, int32_t heads, int32_t tokens,
+                                      const gna_cuda_tensor* tensor);
+
+/* output: like query. logsumexp: contiguous fp32 [batch, heads, tokens], natural, scale included. */
+GNA_CUDA_API int32_t gna_forward(const gna_cuda_problem* problem, const gna_cuda_tensor* query,
+                                 const gna_cuda_tensor* key, const gna_cuda_tensor* value,
+                                 const gna_cuda_tensor* output, float* logsumexp, void* stream);
+
+/* What went wrong in this thread's last call that failed. */
+GNA_CUDA_API const char* gna_message(void);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

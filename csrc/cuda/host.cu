@@ -1,6 +1,5 @@
 // The host's side of the kernels: checks a problem, describes its tensors to the copy engine, launches.
-// Each library includes it once.
-#pragma once
+// Each library has it once.
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -14,26 +13,10 @@
 #include <mutex>
 #include <string>
 
-#include "gna/cuda/gna_cuda.h"
-#include "gna/cuda/parameters.h"
+#include "api.h"
+#include "launch.cuh"
 
 namespace gna::cuda {
-
-// One compiled kernel.
-struct Kernel {
-  cudaError_t (*prepare)();  // on the current device
-  cudaError_t (*launch)(const Parameters& parameters, int blocks, cudaStream_t stream);
-};
-
-// The kernels of an architecture, and log2 of the tokens of what they handle.
-struct Target {
-  int32_t log2_query_tile;
-  int32_t log2_query_box;   // rows that are loaded at once
-  int32_t log2_output_box;  // rows that are stored at once
-  // By type and head size: bf16 64, bf16 128, fp16 64, fp16 128. Smaller head sizes too: the copy
-  // engine fills the missing columns with zeros and does not write them.
-  Kernel kernels[4];
-};
 
 namespace {
 
@@ -204,7 +187,7 @@ bool is_readable(const gna_cuda_axis& axis, int32_t log2_box) {
          (axis.dilation <= max_element_stride && axis.dilation << log2_box <= max_box);
 }
 
-const char* broken_rule(const gna_cuda_problem& plain, const Target& target) {
+const char* broken_rule(const gna_cuda_problem& plain) {
   if (plain.type != GNA_CUDA_BF16 && plain.type != GNA_CUDA_FP16) return "unknown element type";
   if (plain.head_dim < 8 || plain.head_dim > 128 || plain.head_dim % 8 != 0)
     return "the head size is not a multiple of 8 up to 128";
@@ -213,6 +196,15 @@ const char* broken_rule(const gna_cuda_problem& plain, const Target& target) {
   if (plain.axis_count < 1 || plain.axis_count > 3) return "a grid has 1 to 3 axes";
   if (plain.prefix < 0 || plain.suffix < 0) return "negative count of global tokens";
   if (!(plain.scale > 0)) return "the scale must be positive";
+  return nullptr;
+}
+
+const CompiledKernel& kernel_of(const gna_cuda_problem& plain) {
+  if (plain.type == GNA_CUDA_BF16) return plain.head_dim > 64 ? bf16_128 : bf16_64;
+  return plain.head_dim > 64 ? fp16_128 : fp16_64;
+}
+
+const char* broken_axis_rule(const gna_cuda_problem& plain, const CompiledKernel& kernel) {
   int32_t query = 0, key = 0;
   int64_t tokens = 1;
   BoxShape query_box{};
@@ -221,7 +213,7 @@ const char* broken_rule(const gna_cuda_problem& plain, const Target& target) {
     if (axis.length < 1 || axis.stride < 1 || axis.window < axis.stride || axis.dilation < 1 ||
         static_cast<int64_t>(axis.window) * axis.dilation > axis.length)
       return "an axis breaks 1 <= stride <= window, window * dilation <= length";
-    if (axis.log2_query_box < 0 || axis.log2_query_box > target.log2_query_tile ||
+    if (axis.log2_query_box < 0 || axis.log2_query_box > kernel.log2_query_tile ||
         axis.log2_key_box < 0 || axis.log2_key_box > log2_key_tile)
       return "a box extent";
     query_box[max_axes - plain.axis_count + a] = axis.log2_query_box;
@@ -230,9 +222,9 @@ const char* broken_rule(const gna_cuda_problem& plain, const Target& target) {
     tokens *= axis.length;
     if (tokens > INT32_MAX) return "more than 2^31 tokens";
   }
-  if (query != target.log2_query_tile || key != log2_key_tile)
+  if (query != kernel.log2_query_tile || key != log2_key_tile)
     return "boxes must hold as many tokens as the kernel's tiles";
-  const BoxShape loaded = part_of_box(query_box, target.log2_query_box);
+  const BoxShape loaded = part_of_box(query_box, kernel.log2_query_box);
   for (int32_t a = 0; a < plain.axis_count; ++a) {
     const gna_cuda_axis& axis = plain.axes[a];
     if (!is_readable(axis, axis.log2_key_box) ||
@@ -242,7 +234,7 @@ const char* broken_rule(const gna_cuda_problem& plain, const Target& target) {
   return nullptr;
 }
 
-Problem problem_of(const gna_cuda_problem& plain, const Target& target) {
+Problem problem_of(const gna_cuda_problem& plain, const CompiledKernel& kernel) {
   Problem problem{};
   for (int32_t a = 0; a < max_axes; ++a) {
     GridAxis& axis = problem.axes[a];
@@ -258,7 +250,7 @@ Problem problem_of(const gna_cuda_problem& plain, const Target& target) {
   }
   problem.prefix = plain.prefix;
   problem.suffix = plain.suffix;
-  problem.log2_query_tile = target.log2_query_tile;
+  problem.log2_query_tile = kernel.log2_query_tile;
   problem.log2_key_tile = log2_key_tile;
   return problem;
 }
@@ -275,7 +267,7 @@ std::atomic<bool> is_set_up[max_devices];
 std::mutex setting_up;
 
 // The current device, the kernels being set up on it.
-int32_t set_up(const Target& target, Device& device) {
+int32_t set_up(Device& device) {
   int number = 0;
   if (const cudaError_t error = cudaGetDevice(&number)) return fail(error, "cudaGetDevice");
   if (number >= max_devices) return fail(GNA_CUDA_DRIVER, "more than 64 devices");
@@ -283,8 +275,8 @@ int32_t set_up(const Target& target, Device& device) {
     const std::lock_guard<std::mutex> lock(setting_up);
     if (encode_function() == nullptr)
       return fail(GNA_CUDA_DRIVER, "the driver has no cuTensorMapEncodeTiled: it is older than 12.0");
-    for (const Kernel& kernel : target.kernels)
-      if (const cudaError_t error = kernel.prepare()) return fail(error, "setting up the kernel");
+    for (const CompiledKernel* kernel : {&bf16_64, &bf16_128, &fp16_64, &fp16_128})
+      if (const cudaError_t error = kernel->prepare()) return fail(error, "setting up the kernel");
     const struct {
       cudaDeviceAttr attribute;
       int& value;
@@ -315,11 +307,13 @@ const char* declines(int32_t batch, int32_t heads, int32_t tokens, const gna_cud
   return plane_layout(batch, heads, tensor, layout);
 }
 
-int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_tensor& query,
+int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query,
             const gna_cuda_tensor& key, const gna_cuda_tensor& value, const gna_cuda_tensor& output,
             float* logsumexp, cudaStream_t stream) {
-  if (const char* rule = broken_rule(plain, target)) return fail(GNA_CUDA_BAD_ARGUMENT, rule);
-  Problem problem = problem_of(plain, target);
+  if (const char* rule = broken_rule(plain)) return fail(GNA_CUDA_BAD_ARGUMENT, rule);
+  const CompiledKernel& kernel = kernel_of(plain);
+  if (const char* rule = broken_axis_rule(plain, kernel)) return fail(GNA_CUDA_BAD_ARGUMENT, rule);
+  Problem problem = problem_of(plain, kernel);
   int64_t tokens = 1;
   for (const GridAxis& axis : problem.axes) tokens *= axis.length;
   tokens += static_cast<int64_t>(plain.prefix) + plain.suffix;
@@ -338,7 +332,7 @@ int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_
     return fail(GNA_CUDA_BAD_ARGUMENT, "more than 2^30 query tiles");
 
   Device device{};
-  if (const int32_t code = set_up(target, device)) return code;
+  if (const int32_t code = set_up(device)) return code;
   set_order_of_work(problem, device.multiprocessors);
   BoxShape query_box{}, key_box{};
   for (int a = 0; a < max_axes; ++a) {
@@ -352,12 +346,12 @@ int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_
     BoxShape box;
     int32_t rows;
     Maps& maps;
-  } described[] = {{query, plain.heads, part_of_box(query_box, target.log2_query_box),
-                    1 << target.log2_query_box, parameters.query},
+  } described[] = {{query, plain.heads, part_of_box(query_box, kernel.log2_query_box),
+                    1 << kernel.log2_query_box, parameters.query},
                    {key, plain.kv_heads, key_box, key_rows, parameters.key},
                    {value, plain.kv_heads, key_box, key_rows, parameters.value},
-                   {output, plain.heads, part_of_box(query_box, target.log2_output_box),
-                    1 << target.log2_output_box, parameters.output}};
+                   {output, plain.heads, part_of_box(query_box, kernel.log2_output_box),
+                    1 << kernel.log2_output_box, parameters.output}};
   for (const auto& one : described)
     if (const int32_t code =
             make_maps(plain, problem, one.tensor, one.heads, one.box, one.rows, one.maps))
@@ -380,8 +374,6 @@ int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_
   static std::atomic<uint32_t> launches;
   while ((parameters.launch = ++launches) == 0) {
   }
-  const Kernel& kernel =
-      target.kernels[(plain.type == GNA_CUDA_FP16 ? 2 : 0) + (plain.head_dim > 64 ? 1 : 0)];
   const int blocks = static_cast<int>(std::min<int64_t>(device.multiprocessors, work));
   if (const cudaError_t error = kernel.launch(parameters, blocks, stream))
     return fail(error, "launching the kernel");
@@ -390,3 +382,17 @@ int32_t run(const Target& target, const gna_cuda_problem& plain, const gna_cuda_
 
 }  // namespace
 }  // namespace gna::cuda
+
+const char* gna_declines(int32_t batch, int32_t heads, int32_t tokens,
+                         const gna_cuda_tensor* tensor) {
+  return gna::cuda::declines(batch, heads, tokens, *tensor);
+}
+
+int32_t gna_forward(const gna_cuda_problem* problem, const gna_cuda_tensor* query,
+                    const gna_cuda_tensor* key, const gna_cuda_tensor* value,
+                    const gna_cuda_tensor* output, float* logsumexp, void* stream) {
+  return gna::cuda::run(*problem, *query, *key, *value, *output, logsumexp,
+                        static_cast<cudaStream_t>(stream));
+}
+
+const char* gna_message(void) { return gna::cuda::message.c_str(); }

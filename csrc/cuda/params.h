@@ -7,7 +7,7 @@
 
 #include "gna/box_mask.h"
 #include "gna/coordinate_mask.h"
-#include "gna/walk.h"
+#include "gna/tile_walk.h"
 
 namespace gna::cuda {
 

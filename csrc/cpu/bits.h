@@ -13,11 +13,9 @@
 
 namespace gna {
 
-constexpr uint32_t all_bits = 0xffffffffu;
-
 // The lowest `count` bits, 0 <= count <= 32.
 GNA_HD constexpr uint32_t low_bits(int32_t count) {
-  return count >= 32 ? all_bits : (1u << count) - 1u;
+  return count >= 32 ? 0xffffffffu : (1u << count) - 1u;
 }
 
 // The bits of `range`, cut to 0 .. 31.

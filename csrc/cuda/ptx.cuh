@@ -1,9 +1,8 @@
 // The instructions that CUDA C++ has no words for, of compute capability 9.0 and later.
 //
-// PTX ISA, sections "mbarrier", "bar", "cp.async.bulk.tensor" and "setmaxnreg".
+// PTX ISA, sections "mbarrier", "bar", "stmatrix" and "setmaxnreg".
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -89,41 +88,7 @@ __device__ __forceinline__ bool named_any(int id, bool says) {
   return any != 0;
 }
 
-// The copy engine ---------------------------------------------------------------------------------
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-// Copies one box to shared memory; tokens outside the tensor arrive as zeros.
-__device__ __forceinline__ void load_box(const CUtensorMap& map, uint64_t* barrier, void* to, int c0,
-                                         int c1, int c2, int c3, int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-      : "memory");
-}
-
-// Copies one box to global memory; tokens outside the tensor are left out.
-__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int c0, int c1,
-                                          int c2, int c3, int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
-          "l"(&map),
-      "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-      : "memory");
-}
-
-__device__ __forceinline__ void commit_stores() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Waits until all stores but the last `pending` committed groups of them have read shared memory.
-template <int pending = 0>
-__device__ __forceinline__ void wait_stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
-}
+// Shared memory -----------------------------------------------------------------------------------
 
 // Shared memory written by plain stores is about to be read by the copy engine or the matrix unit.
 __device__ __forceinline__ void fence_shared_for_copies() {

@@ -1,0 +1,4 @@
+#include "../../cuda/launch.cuh"
+#include "../forward.cuh"
+
+GNA_KERNEL(bf16_128, gna::sm100::Kernel, __nv_bfloat16, 128)

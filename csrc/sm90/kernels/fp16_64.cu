@@ -1,0 +1,4 @@
+#include "../../cuda/launch.cuh"
+#include "../forward.cuh"
+
+GNA_KERNEL(fp16_64, gna::sm90::Kernel, __half, 64)
