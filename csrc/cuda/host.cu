@@ -214,7 +214,7 @@ const char* broken_axis_rule(const gna_cuda_problem& plain, const CompiledKernel
         static_cast<int64_t>(axis.window) * axis.dilation > axis.length)
       return "an axis breaks 1 <= stride <= window, window * dilation <= length";
     if (axis.log2_query_box < 0 || axis.log2_query_box > kernel.log2_query_tile ||
-        axis.log2_key_box < 0 || axis.log2_key_box > log2_key_tile)
+        axis.log2_key_box < 0 || axis.log2_key_box > log2_tile_n)
       return "a box extent";
     query_box[max_axes - plain.axis_count + a] = axis.log2_query_box;
     query += axis.log2_query_box;
@@ -222,7 +222,7 @@ const char* broken_axis_rule(const gna_cuda_problem& plain, const CompiledKernel
     tokens *= axis.length;
     if (tokens > INT32_MAX) return "more than 2^31 tokens";
   }
-  if (query != kernel.log2_query_tile || key != log2_key_tile)
+  if (query != kernel.log2_query_tile || key != log2_tile_n)
     return "boxes must hold as many tokens as the kernel's tiles";
   const BoxShape loaded = part_of_box(query_box, kernel.log2_query_box);
   for (int32_t a = 0; a < plain.axis_count; ++a) {
@@ -251,7 +251,7 @@ Problem problem_of(const gna_cuda_problem& plain, const CompiledKernel& kernel) 
   problem.prefix = plain.prefix;
   problem.suffix = plain.suffix;
   problem.log2_query_tile = kernel.log2_query_tile;
-  problem.log2_key_tile = log2_key_tile;
+  problem.log2_key_tile = log2_tile_n;
   return problem;
 }
 
@@ -333,13 +333,13 @@ int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query,
 
   Device device{};
   if (const int32_t code = set_up(device)) return code;
-  set_order_of_work(problem, device.multiprocessors);
+  set_rasterization(problem, device.multiprocessors);
   BoxShape query_box{}, key_box{};
   for (int a = 0; a < max_axes; ++a) {
     query_box[a] = problem.axes[a].log2_query;
     key_box[a] = problem.axes[a].log2_key;
   }
-  Parameters parameters{};
+  Params parameters{};
   const struct {
     const gna_cuda_tensor& tensor;
     int32_t heads;
@@ -348,8 +348,8 @@ int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query,
     Maps& maps;
   } described[] = {{query, plain.heads, part_of_box(query_box, kernel.log2_query_box),
                     1 << kernel.log2_query_box, parameters.query},
-                   {key, plain.kv_heads, key_box, key_rows, parameters.key},
-                   {value, plain.kv_heads, key_box, key_rows, parameters.value},
+                   {key, plain.kv_heads, key_box, tile_n, parameters.key},
+                   {value, plain.kv_heads, key_box, tile_n, parameters.value},
                    {output, plain.heads, part_of_box(query_box, kernel.log2_output_box),
                     1 << kernel.log2_output_box, parameters.output}};
   for (const auto& one : described)

@@ -14,10 +14,10 @@ struct CompiledKernel {
   // output that is stored at once.
   int32_t log2_query_tile, log2_query_box, log2_output_box;
   cudaError_t (*prepare)();  // on the current device
-  cudaError_t (*launch)(const Parameters& parameters, int blocks, cudaStream_t stream);
+  cudaError_t (*launch)(const Params& params, int blocks, cudaStream_t stream);
 };
 
-// By type and head size. Smaller head sizes too: the copy engine fills the missing columns with zeros
+// By type and head size. Smaller head sizes too: TMA fills the missing columns with zeros
 // and does not write them.
 extern const CompiledKernel bf16_64, bf16_128, fp16_64, fp16_128;
 
@@ -25,24 +25,24 @@ extern const CompiledKernel bf16_64, bf16_128, fp16_64, fp16_128;
 
 template <template <typename, int, bool> class Kernel, typename Element, int head_dim>
 __global__ void __launch_bounds__(Kernel<Element, head_dim, false>::threads, 1)
-    forward(const __grid_constant__ Parameters parameters) {
-  Kernel<Element, head_dim, false>::run(parameters);
+    forward(const __grid_constant__ Params params) {
+  Kernel<Element, head_dim, false>::run(params);
 }
 
-// Follows each launch of `forward`, and ends at once unless that found its output to be in doubt.
+// Follows each launch of `forward`, and ends at once unless that has requested it.
 template <template <typename, int, bool> class Kernel, typename Element, int head_dim>
 __global__ void __launch_bounds__(Kernel<Element, head_dim, true>::threads, 1)
-    forward_carefully(const __grid_constant__ Parameters parameters) {
-  if (!redo_is_demanded(parameters)) return;
-  Kernel<Element, head_dim, true>::run(parameters);
-  end_redo(parameters);
+    forward_fallback(const __grid_constant__ Params params) {
+  if (!fallback_is_requested(params)) return;
+  Kernel<Element, head_dim, true>::run(params);
+  end_fallback(params);
 }
 
 template <template <typename, int, bool> class Kernel, typename Element, int head_dim>
 cudaError_t prepare() {
   constexpr int bytes = Kernel<Element, head_dim, false>::shared_bytes;
   for (const auto& kernel :
-       {forward<Kernel, Element, head_dim>, forward_carefully<Kernel, Element, head_dim>})
+       {forward<Kernel, Element, head_dim>, forward_fallback<Kernel, Element, head_dim>})
     if (const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
       return error;
@@ -50,16 +50,15 @@ cudaError_t prepare() {
 }
 
 template <template <typename, int, bool> class Kernel, typename Element, int head_dim>
-cudaError_t launch(const Parameters& parameters, int blocks, cudaStream_t stream) {
+cudaError_t launch(const Params& params, int blocks, cudaStream_t stream) {
   using Shape = Kernel<Element, head_dim, false>;
-  forward<Kernel, Element, head_dim>
-      <<<blocks, Shape::threads, Shape::shared_bytes, stream>>>(parameters);
-  forward_carefully<Kernel, Element, head_dim>
-      <<<blocks, Shape::threads, Shape::shared_bytes, stream>>>(parameters);
+  forward<Kernel, Element, head_dim><<<blocks, Shape::threads, Shape::shared_bytes, stream>>>(params);
+  forward_fallback<Kernel, Element, head_dim>
+      <<<blocks, Shape::threads, Shape::shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
-// Kernel: an architecture's class template over (Element, head_dim, whether it computes carefully).
+// Kernel: an architecture's class template over (Element, head_dim, whether it is the fallback).
 template <template <typename, int, bool> class Kernel, typename Element, int head_dim>
 constexpr CompiledKernel compiled() {
   using Shape = Kernel<Element, head_dim, false>;

@@ -5,12 +5,12 @@
 
 namespace gna::cuda {
 
-// offset, sum: the weights are 2^(scaled score - offset), and add up to this.
-template <int log2_rows>
-__device__ __forceinline__ void store_logsumexp(const Parameters& parameters,
-                                                const WorkRecord<log2_rows>& work, int row,
-                                                float offset, float sum) {
-  const Problem& problem = parameters.problem;
+// The row's probabilities are 2^(scaled score - row_max), and add up to `sum`.
+template <int log2_tile_m>
+__device__ __forceinline__ void store_logsumexp(const Params& params,
+                                                const WorkTileInfo<log2_tile_m>& work, int row,
+                                                float row_max, float sum) {
+  const Problem& problem = params.problem;
   const QueryTile& tile = work.tile;
   const int grid_tokens = problem.axes[0].length * problem.axes[1].length * problem.axes[2].length;
   bool inside = true;
@@ -32,9 +32,9 @@ __device__ __forceinline__ void store_logsumexp(const Parameters& parameters,
   if (!inside) return;
   constexpr float log_2 = 0.6931471805599453f;
   const int64_t tokens = static_cast<int64_t>(problem.prefix) + grid_tokens + problem.suffix;
-  const int64_t head = static_cast<int64_t>(work.batch) * parameters.heads + work.head;
-  parameters.logsumexp[head * tokens + token] =
-      sum == 0.0f ? -__builtin_huge_valf() : (offset + __log2f(sum)) * log_2;
+  const int64_t head = static_cast<int64_t>(work.batch) * params.heads + work.head;
+  params.logsumexp[head * tokens + token] =
+      sum == 0.0f ? -__builtin_huge_valf() : (row_max + __log2f(sum)) * log_2;
 }
 
 }  // namespace gna::cuda

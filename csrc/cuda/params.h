@@ -1,4 +1,4 @@
-// What the host hands to the kernels, and what both agree on.
+// What the host passes to the kernels, and what both agree on.
 #pragma once
 
 #include <cuda.h>
@@ -11,13 +11,13 @@
 
 namespace gna::cuda {
 
-constexpr int log2_key_tile = 7;  // keys of a key tile
-constexpr int key_rows = 1 << log2_key_tile;
+constexpr int log2_tile_n = 7;  // of the keys of a key tile
+constexpr int tile_n = 1 << log2_tile_n;  // CUTLASS's kBlockN
 constexpr int box_columns = 64;  // 128 bytes, the width of the swizzle
 constexpr int row_bytes = 128;
-constexpr int key_box_bytes = key_rows * row_bytes;
+constexpr int key_box_bytes = tile_n * row_bytes;
 
-// Where a head is in a tensor map, whose coordinates are (column, w, h, t, plane).
+// Where a head lies in a tensor map, whose coordinates are (column, w, h, t, plane).
 struct Planes {
   int32_t per_head, per_batch;
 };
@@ -29,14 +29,14 @@ struct Maps {
   Planes planes;
 };
 
-struct Parameters {
+struct Params {
   Maps query, key, value, output;
   Problem problem;
-  AxisWords key_words[max_axes];  // of a key tile's box
-  CoordinateBits key_coordinates;  // of the same
+  AxisWords key_words[max_axes];   // for masks by bits, see box_mask.h
+  CoordinateBits key_coordinates;  // for masks by MMA, see coordinate_mask.h
   int32_t batch, heads;
   int32_t heads_per_kv_head;
-  float scale_log2;  // of the logits, in units of log2
+  float scale_log2;  // the scale of scores, times log2(e)
   float* logsumexp;
   const uint8_t* key_mask;  // [batch, prefix + suffix], or null
   int64_t key_mask_batch_stride, key_mask_token_stride;

@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no words for, of compute capability 9.0 and later.
+// Instructions of compute capability 9.0 and later that CUDA C++ does not offer.
 //
 // PTX ISA, sections "mbarrier", "bar", "stmatrix" and "setmaxnreg".
 #pragma once
@@ -17,40 +17,40 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same value for the whole warp: lane 0's. Tells the compiler so, too, which then keeps what
+// Lane 0's value for the whole warp. The compiler then knows that the value is uniform, and keeps what
 // follows from it in uniform registers.
 template <typename T>
 __device__ __forceinline__ T uniform(T x) {
-  return __shfl_sync(0xffffffffu, x, 0);
+  return __shfl_sync(full_warp, x, 0);
 }
 
 // Barriers in shared memory -----------------------------------------------------------------------
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals));
 }
 
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() {
+// Makes initialized barriers visible to TMA.
+__device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void arrive(uint64_t* barrier) {
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
-// Arrives, and lets the phase also wait for so many bytes of copies.
-__device__ __forceinline__ void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
+// Arrives, and lets the phase also wait until copies have brought `bytes`.
+__device__ __forceinline__ void mbarrier_arrive_and_expect_tx(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
 
-// Waits until the phase with this parity is over.
-__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+// Waits until the phase with this parity is complete.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -64,54 +64,70 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// Named barriers, for warpgroups among themselves.
+// Arrives once for the whole warp, whose lanes have synchronized.
+__device__ __forceinline__ void arrive_by_warp(uint64_t* barrier) {
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
+// Named barriers: `threads` of the block synchronize, or some of them only arrive.
 template <int threads>
-__device__ __forceinline__ void named_sync(int id) {
+__device__ __forceinline__ void named_barrier_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
 
 template <int threads>
-__device__ __forceinline__ void named_arrive(int id) {
+__device__ __forceinline__ void named_barrier_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
 
-// The same, and whether any thread says so.
+// Synchronizes, and returns whether the predicate is true in any thread.
 template <int threads>
-__device__ __forceinline__ bool named_any(int id, bool says) {
+__device__ __forceinline__ bool named_barrier_any(int id, bool predicate) {
   int any;
   asm volatile(
       "{\n.reg .pred says, any;\nsetp.ne.b32 says, %3, 0;\n"
       "bar.red.or.pred any, %1, %2, says;\nselp.b32 %0, 1, 0, any;\n}"
       : "=r"(any)
-      : "r"(id), "n"(threads), "r"(static_cast<int>(says))
+      : "r"(id), "n"(threads), "r"(static_cast<int>(predicate))
       : "memory");
   return any != 0;
 }
 
 // Shared memory -----------------------------------------------------------------------------------
 
-// Shared memory written by plain stores is about to be read by the copy engine or the matrix unit.
-__device__ __forceinline__ void fence_shared_for_copies() {
+// Makes plain stores to shared memory visible to TMA and to the tensor core.
+__device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Stores four 8x8 blocks of 16-bit elements; each lane gives the address of one row.
-__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
-                                               uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+// Stores four 8x8 blocks of 16-bit elements; each lane has the address of one row.
+__device__ __forceinline__ void stmatrix(void* row, uint32_t a, uint32_t b, uint32_t c,
+                                         uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(row)),
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
+}
+
+// The lower half of the descriptor of a tile in shared memory, for the tensor core. The tile has rows of
+// 128 bytes, swizzled by 128 bytes, and begins at a multiple of 1024 bytes, so that eight rows lie 1024
+// bytes apart. Where the rows run along the dimension that is summed over, `column_bytes` is the distance
+// from 64 columns to the next 64; else it is not used.
+//
+// Steps of 16 bytes may be added to it. The upper half, the same for all tiles, is the architecture's.
+__device__ __forceinline__ uint32_t smem_descriptor(uint32_t address, uint32_t column_bytes) {
+  return (column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
 // Registers ---------------------------------------------------------------------------------------
 
 template <int count>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
 template <int count>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 

@@ -17,7 +17,7 @@ int32_t sees_in_tile(const Problem& problem, const QueryTile& query, int32_t row
   if (tile.part != grid_part) return tile.at[2] + column < part_tokens(problem, tile.part);
   const CoordinateBits bits = coordinate_bits(
       {problem.axes[0].log2_key, problem.axes[1].log2_key, problem.axes[2].log2_key});
-  uint32_t word = all_bits, hidden = 0;
+  uint32_t word = all_bits, masked = 0;
   int32_t log2_inner = 0;
   for (int32_t a = max_axes - 1; a >= 0; --a) {
     const QueryAxis& axis = query.axes[a];
@@ -28,17 +28,17 @@ int32_t sees_in_tile(const Problem& problem, const QueryTile& query, int32_t row
     const AxisWords words = axis_words(log2_inner, problem.axes[a].log2_key);
     const int32_t first = tile.at[a] + first_of_word(words, column / 32);
     word &= word_bits(words, {keys.begin - first, keys.end - first});
-    hidden |= hidden_coordinates(bits, a, {keys.begin - tile.at[a], keys.end - tile.at[a]});
+    masked |= masked_coordinates(bits, a, {keys.begin - tile.at[a], keys.end - tile.at[a]});
     log2_inner += problem.axes[a].log2_key;
   }
   const bool sees = word >> column % 32 & 1;
   // As the tensor core sums it up: no element of one is not zero where the other's is not.
-  uint32_t meets = 0;
+  uint32_t sum = 0;
   for (int32_t pair = 0; pair < 8 * bits.steps; ++pair)
     for (int32_t shift = 0; shift < 32; shift += 16)
-      meets |= two_columns(hidden, pair, hidden_element) >> shift & 0xffff &&
+      sum |= two_columns(masked, pair, masked_element) >> shift & 0xffff &&
                two_columns(coordinates_of(bits, column), pair, has_element) >> shift & 0xffff;
-  return bits.steps > 0 && (meets == 0) != sees ? -1 : sees;
+  return bits.steps > 0 && (sum == 0) != sees ? -1 : sees;
 }
 
 // The token of a position in each axis, or -1 outside the grid.
@@ -74,7 +74,7 @@ extern "C" int32_t walk_all(const int32_t* axes, int32_t prefix, int32_t suffix,
   }
   problem.prefix = prefix;
   problem.suffix = suffix;
-  set_order_of_work(problem, 5);
+  set_rasterization(problem, 5);
   const int32_t half = 1 << (problem.log2_query_tile - 1);
   for (int32_t index = 0; index < global_query_tiles(problem) + grid_query_tiles(problem); ++index) {
     const QueryTile query = query_tile(problem, index);
@@ -85,8 +85,8 @@ extern "C" int32_t walk_all(const int32_t* axes, int32_t prefix, int32_t suffix,
         for (int32_t a = 0; a < max_axes && walk.tile.part == grid_part; ++a) {
           const RowsAxis rows = rows_axis(problem, query, a, row / half * half,
                                           problem.log2_query_tile - 1);
-          visited &= meets(rows, walk.tile.at[a], problem.axes[a].log2_key);
-          interior &= is_interior(rows, walk.tile.at[a], problem.axes[a].log2_key);
+          visited &= overlaps(rows, walk.tile.at[a], problem.axes[a].log2_key);
+          interior &= is_full(rows, walk.tile.at[a], problem.axes[a].log2_key);
         }
         if (walk.tile.part != grid_part)
           interior = walk.tile.at[2] + (1 << problem.log2_key_tile) <=

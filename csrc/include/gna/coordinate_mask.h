@@ -17,7 +17,7 @@
 namespace gna {
 
 // bf16. H's elements times K's must be minus infinity, and zero times either zero: so both are finite.
-constexpr uint32_t hidden_element = 0xff7f;  // -3.4e38
+constexpr uint32_t masked_element = 0xff7f;  // -3.4e38
 constexpr uint32_t has_element = 0x4000;     // 2
 
 // Which bits stand for the coordinates of an axis of a box.
@@ -57,7 +57,7 @@ GNA_HD constexpr uint32_t coordinates_of(const CoordinateBits& bits, int32_t key
 }
 
 // The coordinates on axis `a` outside `sees`, which is relative to the box; all bits if it sees none.
-GNA_HD uint32_t hidden_coordinates(const CoordinateBits& bits, int32_t a, Range sees) {
+GNA_HD uint32_t masked_coordinates(const CoordinateBits& bits, int32_t a, Range sees) {
   const int32_t extent = bits.extent[a];
   const uint32_t begin = power_of_two(smaller(larger(sees.begin, 0), extent));
   const uint32_t end = power_of_two(smaller(larger(sees.end, 0), extent));

@@ -96,7 +96,7 @@ GNA_HD constexpr int32_t place_along(const Problem& problem, int32_t a, int32_t 
 }
 
 // Keys on an axis that `tiles` neighbouring query tiles, away from the ends of the axis, see.
-GNA_HD constexpr int32_t keys_of_neighbours(const GridAxis& axis, int32_t tiles) {
+GNA_HD constexpr int32_t keys_of_neighbors(const GridAxis& axis, int32_t tiles) {
   const Axis group{group_length(axis.length, axis.dilation, 0), axis.window, axis.stride,
                    axis.causal != 0};
   const int32_t per_group = (tiles + axis.dilation - 1) / axis.dilation << axis.log2_query;
@@ -107,7 +107,7 @@ GNA_HD constexpr int32_t keys_of_neighbours(const GridAxis& axis, int32_t tiles)
 
 // Sets the order of work of the grid's query tiles: that in which `at_once` consecutive ones see the
 // fewest different keys, so that those stay in the cache.
-inline void set_order_of_work(Problem& problem, int32_t at_once) {
+inline void set_rasterization(Problem& problem, int32_t at_once) {
   constexpr int32_t orders[6][max_axes] = {{2, 1, 0}, {2, 0, 1}, {1, 2, 0},
                                            {1, 0, 2}, {0, 2, 1}, {0, 1, 2}};  // innermost first
   int64_t fewest = INT64_MAX;
@@ -117,7 +117,7 @@ inline void set_order_of_work(Problem& problem, int32_t at_once) {
     for (const int32_t a : order) {
       const int32_t tiles = smaller(problem.axes[a].query_tiles, left);
       left = (left + tiles - 1) / tiles;
-      keys *= keys_of_neighbours(problem.axes[a], tiles);
+      keys *= keys_of_neighbors(problem.axes[a], tiles);
       strides[a] = stride;
       stride *= problem.axes[a].query_tiles;
     }
@@ -188,7 +188,7 @@ struct KeyWalk {
 // Some rows of a query tile, on one axis: the keys that any of them and that all of them see. Both are
 // empty where there are no rows.
 struct RowsAxis {
-  Range sees, share;
+  Range any, all;
 };
 
 // Rows [first, first + 2^log2_rows) of a query tile, first being a multiple of 2^log2_rows.
@@ -211,12 +211,12 @@ GNA_HD constexpr RowsAxis rows_axis(const Problem& problem, const QueryTile& til
 }
 
 // Whether rows see any key from `at` on along an axis, and whether they all see all of them.
-GNA_HD constexpr bool meets(const RowsAxis& rows, int32_t at, int32_t log2_extent) {
-  return at < rows.sees.end && at + (1 << log2_extent) > rows.sees.begin;
+GNA_HD constexpr bool overlaps(const RowsAxis& rows, int32_t at, int32_t log2_extent) {
+  return at < rows.any.end && at + (1 << log2_extent) > rows.any.begin;
 }
 
-GNA_HD constexpr bool is_interior(const RowsAxis& rows, int32_t at, int32_t log2_extent) {
-  return at >= rows.share.begin && at + (1 << log2_extent) <= rows.share.end;
+GNA_HD constexpr bool is_full(const RowsAxis& rows, int32_t at, int32_t log2_extent) {
+  return at >= rows.all.begin && at + (1 << log2_extent) <= rows.all.end;
 }
 
 // The coordinate of row `row` of a box on axis `a`.

@@ -1,4 +1,5 @@
+#include "../kernel.cuh"
+
 #include "../../cuda/launch.cuh"
-#include "../forward.cuh"
 
 GNA_KERNEL(fp16_64, gna::sm100::Kernel, __half, 64)

@@ -1,4 +1,5 @@
+#include "../kernel.cuh"
+
 #include "../../cuda/launch.cuh"
-#include "../forward.cuh"
 
 GNA_KERNEL(bf16_64, gna::sm90::Kernel, __nv_bfloat16, 64)

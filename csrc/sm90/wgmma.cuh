@@ -1,4 +1,4 @@
-// The matrix unit's instructions of compute capability 9.0.
+// The tensor core's instructions of compute capability 9.0.
 //
 // PTX ISA, section "wgmma".
 #pragma once
@@ -13,23 +13,23 @@ namespace gna::sm90 {
 
 using namespace gna::cuda;
 
-__device__ __forceinline__ void matrix_fence() {
+__device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void matrix_commit() {
+__device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 // Waits until at most `pending` committed groups are still running.
 template <int pending>
-__device__ __forceinline__ void matrix_wait() {
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Keeps the compiler from moving accesses of these registers across this point.
+// Keeps the compiler from moving accesses to these registers across this point.
 template <typename T, int n>
-__device__ __forceinline__ void pin(T (&registers)[n]) {
+__device__ __forceinline__ void warpgroup_fence_operand(T (&registers)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     if constexpr (std::is_same_v<T, float>)
@@ -39,17 +39,7 @@ __device__ __forceinline__ void pin(T (&registers)[n]) {
   }
 }
 
-// A tile in shared memory for the matrix unit: rows of 128 bytes, swizzled by 128 bytes, on a multiple
-// of 1024 bytes. Eight such rows lie 1024 bytes apart; where the rows run along the dimension that is
-// summed over, `column_bytes` is the distance from 64 columns to the next 64.
-//
-// This is the lower half of the descriptor, to which 16-byte steps may be added; the upper half is
-// the same for all.
-__device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address, uint32_t column_bytes) {
-  return (column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
-}
-
-// Swizzle of 128 bytes (1 << 62) and eight rows (1024 >> 4 << 32).
+// The upper half of a smem_descriptor: a swizzle of 128 bytes (1 << 62) and eight rows (1024 >> 4 << 32).
 #define GNA_DESCRIPTOR_HIGH "0x40000040"
 
 #define GNA_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -89,7 +79,7 @@ __device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address, uint32_t
 
 // d = a b^T, or d += a b^T with `add`: a is 64x16, b is 128x16, both described, columns contiguous.
 template <typename Element>
-__device__ __forceinline__ void multiply(float (&d)[64], uint32_t a, uint32_t b, int add) {
+__device__ __forceinline__ void wgmma_ss(float (&d)[64], uint32_t a, uint32_t b, int add) {
   if constexpr (std::is_same_v<Element, __half>)
     GNA_WGMMA_SS("f16");
   else
@@ -98,7 +88,7 @@ __device__ __forceinline__ void multiply(float (&d)[64], uint32_t a, uint32_t b,
 
 // d = a b^T, or d += a b^T with `add`: a is 64x16 in registers, b is 128x16, described, columns
 // contiguous; both bf16.
-__device__ __forceinline__ void multiply_bf16(float (&d)[64], const uint32_t* a, uint32_t b, int add) {
+__device__ __forceinline__ void wgmma_rs_bf16(float (&d)[64], const uint32_t* a, uint32_t b, int add) {
   asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\n"
                "mov.b64 b, {%68, " GNA_DESCRIPTOR_HIGH "};\n"
                "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " GNA_NAMES_64
@@ -109,7 +99,7 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[64], const uint32_t* a,
 
 // d += a b: a is 64x16 in registers, b is 16 x (64 or 128), described, columns contiguous.
 template <typename Element>
-__device__ __forceinline__ void multiply_add(float (&d)[64], const uint32_t* a, uint32_t b) {
+__device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t* a, uint32_t b) {
   if constexpr (std::is_same_v<Element, __half>)
     GNA_WGMMA_RS_128("f16");
   else
@@ -117,7 +107,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[64], const uint32_t* a, 
 }
 
 template <typename Element>
-__device__ __forceinline__ void multiply_add(float (&d)[32], const uint32_t* a, uint32_t b) {
+__device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t* a, uint32_t b) {
   if constexpr (std::is_same_v<Element, __half>)
     GNA_WGMMA_RS_64("f16");
   else
