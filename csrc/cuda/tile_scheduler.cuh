@@ -54,22 +54,19 @@ __device__ __forceinline__ bool make_work_tile(const Params& params, WorkTileInf
   const Problem& problem = params.problem;
   const int lane = threadIdx.x % 32;
   QueryTile& tile = work.tile;
-  const int globals = global_query_tiles(problem);
-  const int in_prefix = tiles_of(problem.prefix, log2_tile_m);
-  const bool of_grid = index >= globals;
+  const QueryTileIndex decoded(problem, index, log2_tile_m);
   if (lane == 0) {
     work.batch = head / params.heads;
     work.head = head % params.heads;
     work.is_end = false;
-    tile.part = of_grid ? grid_part : index < in_prefix ? prefix_part : suffix_part;
-    tile.first = (index < in_prefix ? index : index - in_prefix) << log2_tile_m;
+    tile.part = decoded.part();
+    tile.first = decoded.first();
   }
   // One axis a lane.
   bool empty = false;
   if (lane < max_axes) {
-    tile.axes[lane] = of_grid ? query_axis(problem, lane, place_along(problem, lane, index - globals))
-                              : whole_axis(problem, lane);
-    empty = tile.axes[lane].queries.begin >= tile.axes[lane].queries.end;
+    tile.axes[lane] = decoded.axis(problem, lane);
+    empty = is_empty(tile.axes[lane]);
   }
   __syncwarp();
   if (__any_sync(full_warp, empty)) return false;
@@ -92,7 +89,7 @@ __device__ __forceinline__ bool make_work_tile(const Params& params, WorkTileInf
     for (int at = lane; at < extent; at += 32) {
       // A row outside the grid is computed like the last one inside, and not stored.
       const int query = smaller(axis.queries.begin + at, axis.axis.length - 1);
-      work.attended[start + at] = of_grid ? keys_of(axis.axis, query) : axis.keys;
+      work.attended[start + at] = decoded.is_of_grid() ? keys_of(axis.axis, query) : axis.keys;
     }
     start += extent;
   }

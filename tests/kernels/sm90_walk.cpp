@@ -77,8 +77,14 @@ extern "C" int32_t walk_all(const int32_t* axes, int32_t prefix, int32_t suffix,
   set_rasterization(problem, 5);
   const int32_t half = 1 << (problem.log2_query_tile - 1);
   for (int32_t index = 0; index < global_query_tiles(problem) + grid_query_tiles(problem); ++index) {
-    const QueryTile query = query_tile(problem, index);
-    if (is_empty(query)) continue;
+    const QueryTileIndex decoded(problem, index, problem.log2_query_tile);
+    QueryTile query{decoded.part(), decoded.first(), {}};
+    bool empty = false;
+    for (int32_t a = 0; a < max_axes; ++a) {
+      query.axes[a] = decoded.axis(problem, a);
+      empty |= is_empty(query.axes[a]);
+    }
+    if (empty) continue;
     for (KeyWalk walk(query); !walk.done; walk.next(problem, query))
       for (int32_t row = 0; row < 2 * half; ++row) {
         bool visited = true, interior = true;

@@ -127,26 +127,36 @@ inline void set_rasterization(Problem& problem, int32_t at_once) {
   }
 }
 
-// `index` counts the query tiles of one head: those of global tokens, then the grid's.
-GNA_HD QueryTile query_tile(const Problem& problem, int32_t index) {
-  QueryTile tile{};
-  const int32_t in_prefix = tiles_of(problem.prefix, problem.log2_query_tile);
-  const int32_t in_globals = global_query_tiles(problem);
-  if (index < in_globals) {
-    tile.part = index < in_prefix ? prefix_part : suffix_part;
-    tile.first = (index < in_prefix ? index : index - in_prefix) << problem.log2_query_tile;
-  }
-  for (int32_t a = 0; a < max_axes; ++a)
-    tile.axes[a] = index < in_globals
-                       ? whole_axis(problem, a)
-                       : query_axis(problem, a, place_along(problem, a, index - in_globals));
-  return tile;
-}
+// A query tile by its index, which counts the tiles of one head: those of the prefix, of the suffix, then
+// the grid's. Its parts can be decoded by different lanes.
+struct QueryTileIndex {
+  int32_t index, in_prefix, globals, log2_tile;
 
-GNA_HD constexpr bool is_empty(const QueryTile& tile) {
-  bool empty = false;
-  for (const QueryAxis& axis : tile.axes) empty |= axis.queries.begin >= axis.queries.end;
-  return empty;
+  GNA_HD QueryTileIndex(const Problem& problem, int32_t index, int32_t log2_tile)
+      : index(index),
+        in_prefix(tiles_of(problem.prefix, log2_tile)),
+        globals(global_query_tiles(problem)),
+        log2_tile(log2_tile) {}
+
+  GNA_HD bool is_of_grid() const { return index >= globals; }
+
+  GNA_HD int32_t part() const {
+    return is_of_grid() ? grid_part : index < in_prefix ? prefix_part : suffix_part;
+  }
+
+  // Of global tokens.
+  GNA_HD int32_t first() const {
+    return (index < in_prefix ? index : index - in_prefix) << log2_tile;
+  }
+
+  GNA_HD QueryAxis axis(const Problem& problem, int32_t a) const {
+    return is_of_grid() ? query_axis(problem, a, place_along(problem, a, index - globals))
+                        : whole_axis(problem, a);
+  }
+};
+
+GNA_HD constexpr bool is_empty(const QueryAxis& axis) {
+  return axis.queries.begin >= axis.queries.end;
 }
 
 // A key tile: the position of its first key on each axis or, of global tokens, in at[2].
