@@ -50,9 +50,16 @@ typedef struct {
   float scale; /* positive */
 } gna_cuda_problem;
 
+/* Counts the changes of this interface. */
+enum { GNA_CUDA_API_VERSION = 1 };
+
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* GNA_CUDA_API_VERSION, then the sizes of gna_cuda_tensor, gna_cuda_axis and gna_cuda_problem. Whoever
+ * declares these structs in another language compares. */
+GNA_CUDA_API void gna_layout(int32_t layout[4]);
 
 /* Why the kernel cannot read a tensor with these strides, or null if it can. */
 GNA_CUDA_API const char* gna_declines(int32_t batch, int32_t heads, int32_t tokens,

@@ -1,4 +1,4 @@
-// The host's side of the kernels: checks a problem, describes its tensors to the copy engine, launches.
+// The host's side of the kernels: checks a problem, describes its tensors to TMA, launches.
 // Each library has it once.
 
 #include <cuda.h>
@@ -21,7 +21,7 @@ namespace gna::cuda {
 namespace {
 
 constexpr int64_t element_bytes = 2;
-constexpr int64_t stride_unit = 16 / element_bytes;  // elements; what the copy engine asks for
+constexpr int64_t stride_unit = 16 / element_bytes;  // elements; what TMA asks for
 constexpr int max_element_stride = 8;
 constexpr int max_box = 256;
 
@@ -50,8 +50,8 @@ Encode encode_function() {
   static const Encode found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &result);
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess
                ? reinterpret_cast<Encode>(function)
                : nullptr;
@@ -112,8 +112,7 @@ struct MapMaker {
     box[4] = 1;
     return encode_function()(&map, type, 5, view.base, sizes, strides, box, steps,
                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   }
 };
 
@@ -157,11 +156,8 @@ int32_t make_maps(const gna_cuda_problem& plain, const Problem& problem,
     const int32_t tokens = part_tokens(problem, part);
     if (tokens == 0 || result != CUDA_SUCCESS) continue;
     const int64_t first = part == prefix_part ? 0 : problem.prefix + inner;
-    result = make(maps.of_part[part], {at(first),
-                                       {tokens, 1, 1},
-                                       {token, token, token},
-                                       {rows, 1, 1},
-                                       {1, 1, 1}});
+    result = make(maps.of_part[part],
+                  {at(first), {tokens, 1, 1}, {token, token, token}, {rows, 1, 1}, {1, 1, 1}});
   }
   if (result != CUDA_SUCCESS)
     return fail(GNA_CUDA_BAD_ARGUMENT, "the driver declines to describe a tensor (CUresult " +
@@ -181,22 +177,32 @@ BoxShape part_of_box(const BoxShape& box, int32_t log2_rows) {
   return part;
 }
 
-// Whether the copy engine can skip the tokens between those of a box of a dilated axis.
+// Whether TMA can skip the tokens between those of a box of a dilated axis.
 bool is_readable(const gna_cuda_axis& axis, int32_t log2_box) {
   return log2_box == 0 || axis.dilation == 1 ||
          (axis.dilation <= max_element_stride && axis.dilation << log2_box <= max_box);
 }
 
-const char* broken_rule(const gna_cuda_problem& plain) {
-  if (plain.type != GNA_CUDA_BF16 && plain.type != GNA_CUDA_FP16) return "unknown element type";
+// Each of these returns what is wrong, with its value and the rule, or an empty string.
+std::string broken_rule(const gna_cuda_problem& plain) {
+  const auto is = [](const char* name, int64_t value) {
+    return std::string(name) + " is " + std::to_string(value) + ", ";
+  };
+  if (plain.type != GNA_CUDA_BF16 && plain.type != GNA_CUDA_FP16)
+    return is("type", plain.type) + "not 1 (bf16) or 2 (fp16)";
   if (plain.head_dim < 8 || plain.head_dim > 128 || plain.head_dim % 8 != 0)
-    return "the head size is not a multiple of 8 up to 128";
-  if (plain.batch < 1 || plain.heads < 1 || plain.kv_heads < 1 || plain.heads % plain.kv_heads != 0)
-    return "batch or head counts";
-  if (plain.axis_count < 1 || plain.axis_count > 3) return "a grid has 1 to 3 axes";
-  if (plain.prefix < 0 || plain.suffix < 0) return "negative count of global tokens";
-  if (!(plain.scale > 0)) return "the scale must be positive";
-  return nullptr;
+    return is("head_dim", plain.head_dim) + "not a multiple of 8 up to 128";
+  if (plain.batch < 1) return is("batch", plain.batch) + "not positive";
+  if (plain.heads < 1) return is("heads", plain.heads) + "not positive";
+  if (plain.kv_heads < 1 || plain.heads % plain.kv_heads != 0)
+    return is("kv_heads", plain.kv_heads) + "not a divisor of the " + std::to_string(plain.heads) +
+           " heads";
+  if (plain.axis_count < 1 || plain.axis_count > 3)
+    return is("axis_count", plain.axis_count) + "not 1 to 3";
+  if (plain.prefix < 0) return is("prefix", plain.prefix) + "negative";
+  if (plain.suffix < 0) return is("suffix", plain.suffix) + "negative";
+  if (!(plain.scale > 0)) return "scale is " + std::to_string(plain.scale) + ", not positive";
+  return "";
 }
 
 const CompiledKernel& kernel_of(const gna_cuda_problem& plain) {
@@ -204,34 +210,58 @@ const CompiledKernel& kernel_of(const gna_cuda_problem& plain) {
   return plain.head_dim > 64 ? fp16_128 : fp16_64;
 }
 
-const char* broken_axis_rule(const gna_cuda_problem& plain, const CompiledKernel& kernel) {
+std::string broken_axis_rule(const gna_cuda_problem& plain, const CompiledKernel& kernel) {
   int32_t query = 0, key = 0;
   int64_t tokens = 1;
   BoxShape query_box{};
+  const auto on_axis = [](int32_t a, const std::string& text) {
+    return "axis " + std::to_string(a) + ": " + text;
+  };
+  const auto broken_box = [&](int32_t a, const char* name, int32_t log2_box, int32_t most) {
+    return log2_box >= 0 && log2_box <= most
+               ? ""
+               : on_axis(a, std::string(name) + " is " + std::to_string(log2_box) + ", not 0 to " +
+                                std::to_string(most));
+  };
   for (int32_t a = 0; a < plain.axis_count; ++a) {
     const gna_cuda_axis& axis = plain.axes[a];
     if (axis.length < 1 || axis.stride < 1 || axis.window < axis.stride || axis.dilation < 1 ||
         static_cast<int64_t>(axis.window) * axis.dilation > axis.length)
-      return "an axis breaks 1 <= stride <= window, window * dilation <= length";
-    if (axis.log2_query_box < 0 || axis.log2_query_box > kernel.log2_query_tile ||
-        axis.log2_key_box < 0 || axis.log2_key_box > log2_tile_n)
-      return "a box extent";
+      return on_axis(a, "length " + std::to_string(axis.length) + ", window " +
+                            std::to_string(axis.window) + ", stride " +
+                            std::to_string(axis.stride) + ", dilation " +
+                            std::to_string(axis.dilation) +
+                            " break 1 <= stride <= window, window * dilation <= length");
+    std::string broken =
+        broken_box(a, "log2_query_box", axis.log2_query_box, kernel.log2_query_tile);
+    if (broken.empty()) broken = broken_box(a, "log2_key_box", axis.log2_key_box, log2_tile_n);
+    if (!broken.empty()) return broken;
     query_box[max_axes - plain.axis_count + a] = axis.log2_query_box;
     query += axis.log2_query_box;
     key += axis.log2_key_box;
     tokens *= axis.length;
-    if (tokens > INT32_MAX) return "more than 2^31 tokens";
+    if (tokens > INT32_MAX)
+      return "the grid has " + std::to_string(tokens) + " tokens, more than 2^31 - 1";
   }
-  if (query != kernel.log2_query_tile || key != log2_tile_n)
-    return "boxes must hold as many tokens as the kernel's tiles";
+  const auto broken_sum = [](const char* name, int32_t sum, int32_t tile) {
+    return sum == tile ? ""
+                       : std::string(name) + " boxes hold 2^" + std::to_string(sum) +
+                             " tokens, not 2^" + std::to_string(tile) + " as the kernel's tiles do";
+  };
+  std::string broken = broken_sum("query", query, kernel.log2_query_tile);
+  if (broken.empty()) broken = broken_sum("key", key, log2_tile_n);
+  if (!broken.empty()) return broken;
   const BoxShape loaded = part_of_box(query_box, kernel.log2_query_box);
   for (int32_t a = 0; a < plain.axis_count; ++a) {
     const gna_cuda_axis& axis = plain.axes[a];
-    if (!is_readable(axis, axis.log2_key_box) ||
-        !is_readable(axis, loaded[max_axes - plain.axis_count + a]))
-      return "a box of a dilated axis is too long for the copy engine";
+    for (const int32_t log2_box : {axis.log2_key_box, loaded[max_axes - plain.axis_count + a]})
+      if (!is_readable(axis, log2_box))
+        return on_axis(
+            a, "a box of " + std::to_string(1 << log2_box) + " tokens with dilation " +
+                   std::to_string(axis.dilation) +
+                   " is too long for TMA: dilation at most 8, dilation * tokens at most 256");
   }
-  return nullptr;
+  return "";
 }
 
 Problem problem_of(const gna_cuda_problem& plain, const CompiledKernel& kernel) {
@@ -244,8 +274,15 @@ Problem problem_of(const gna_cuda_problem& plain, const CompiledKernel& kernel) 
       continue;
     }
     const gna_cuda_axis& given = plain.axes[from];
-    axis = {given.length, given.window,         given.stride,       given.dilation,
-            given.causal, given.log2_query_box, given.log2_key_box, 0,            1};
+    axis = {given.length,
+            given.window,
+            given.stride,
+            given.dilation,
+            given.causal,
+            given.log2_query_box,
+            given.log2_key_box,
+            0,
+            1};
     axis.query_tiles = query_tiles_of(axis);
   }
   problem.prefix = plain.prefix;
@@ -258,7 +295,7 @@ Problem problem_of(const gna_cuda_problem& plain, const CompiledKernel& kernel) 
 // Devices -----------------------------------------------------------------------------------------
 
 struct Device {
-  int multiprocessors, minor;  // minor: of the compute capability
+  int sm_count, minor;  // minor: of the compute capability
 };
 
 constexpr int max_devices = 64;
@@ -270,17 +307,20 @@ std::mutex setting_up;
 int32_t set_up(Device& device) {
   int number = 0;
   if (const cudaError_t error = cudaGetDevice(&number)) return fail(error, "cudaGetDevice");
-  if (number >= max_devices) return fail(GNA_CUDA_DRIVER, "more than 64 devices");
+  if (number >= max_devices)
+    return fail(GNA_CUDA_DRIVER, "device " + std::to_string(number) + ": only 0 to " +
+                                     std::to_string(max_devices - 1) + " are supported");
   if (!is_set_up[number].load(std::memory_order_acquire)) {
     const std::lock_guard<std::mutex> lock(setting_up);
     if (encode_function() == nullptr)
-      return fail(GNA_CUDA_DRIVER, "the driver has no cuTensorMapEncodeTiled: it is older than 12.0");
+      return fail(GNA_CUDA_DRIVER,
+                  "the driver has no cuTensorMapEncodeTiled: it is older than 12.0");
     for (const CompiledKernel* kernel : {&bf16_64, &bf16_128, &fp16_64, &fp16_128})
       if (const cudaError_t error = kernel->prepare()) return fail(error, "setting up the kernel");
     const struct {
       cudaDeviceAttr attribute;
       int& value;
-    } asked[] = {{cudaDevAttrMultiProcessorCount, devices[number].multiprocessors},
+    } asked[] = {{cudaDevAttrMultiProcessorCount, devices[number].sm_count},
                  {cudaDevAttrComputeCapabilityMinor, devices[number].minor}};
     for (const auto& one : asked)
       if (const cudaError_t error = cudaDeviceGetAttribute(&one.value, one.attribute, number))
@@ -291,7 +331,7 @@ int32_t set_up(Device& device) {
   return GNA_CUDA_OK;
 }
 
-// Why the copy engine cannot read a tensor with these strides, or null if it can.
+// Why TMA cannot read a tensor with these strides, or null if it can.
 const char* declines(int32_t batch, int32_t heads, int32_t tokens, const gna_cuda_tensor& tensor) {
   constexpr int64_t too_far = int64_t{1} << 40;  // bytes
   const int64_t strides[] = {batch == 1 ? 0 : tensor.batch_stride,
@@ -307,33 +347,42 @@ const char* declines(int32_t batch, int32_t heads, int32_t tokens, const gna_cud
   return plane_layout(batch, heads, tensor, layout);
 }
 
-int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query,
-            const gna_cuda_tensor& key, const gna_cuda_tensor& value, const gna_cuda_tensor& output,
-            float* logsumexp, cudaStream_t stream) {
-  if (const char* rule = broken_rule(plain)) return fail(GNA_CUDA_BAD_ARGUMENT, rule);
+int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query, const gna_cuda_tensor& key,
+            const gna_cuda_tensor& value, const gna_cuda_tensor& output, float* logsumexp,
+            cudaStream_t stream) {
+  std::string rule = broken_rule(plain);
+  if (!rule.empty()) return fail(GNA_CUDA_BAD_ARGUMENT, rule);
   const CompiledKernel& kernel = kernel_of(plain);
-  if (const char* rule = broken_axis_rule(plain, kernel)) return fail(GNA_CUDA_BAD_ARGUMENT, rule);
+  rule = broken_axis_rule(plain, kernel);
+  if (!rule.empty()) return fail(GNA_CUDA_BAD_ARGUMENT, rule);
   Problem problem = problem_of(plain, kernel);
   int64_t tokens = 1;
   for (const GridAxis& axis : problem.axes) tokens *= axis.length;
   tokens += static_cast<int64_t>(plain.prefix) + plain.suffix;
-  if (tokens > INT32_MAX) return fail(GNA_CUDA_BAD_ARGUMENT, "more than 2^31 tokens");
+  if (tokens > INT32_MAX)
+    return fail(GNA_CUDA_BAD_ARGUMENT, std::to_string(tokens) + " tokens are more than 2^31 - 1");
   for (const gna_cuda_tensor* tensor : {&query, &key, &value, &output}) {
     const int32_t heads = tensor == &key || tensor == &value ? plain.kv_heads : plain.heads;
+    const char* const name = tensor == &query   ? "query"
+                             : tensor == &key   ? "key"
+                             : tensor == &value ? "value"
+                                                : "output";
     if (reinterpret_cast<uintptr_t>(tensor->data) % 16 != 0)
-      return fail(GNA_CUDA_BAD_ARGUMENT, "an address is not a multiple of 16 bytes");
-    if (const char* reason =
-            declines(plain.batch, heads, static_cast<int32_t>(tokens), *tensor))
-      return fail(GNA_CUDA_BAD_ARGUMENT, reason);
+      return fail(GNA_CUDA_BAD_ARGUMENT,
+                  std::string(name) + ": its address is not a multiple of 16 bytes");
+    if (const char* reason = declines(plain.batch, heads, static_cast<int32_t>(tokens), *tensor))
+      return fail(GNA_CUDA_BAD_ARGUMENT, std::string(name) + ": " + reason);
   }
-  const int64_t tiles = static_cast<int64_t>(grid_query_tiles(problem)) + global_query_tiles(problem);
+  const int64_t tiles =
+      static_cast<int64_t>(grid_query_tiles(problem)) + global_query_tiles(problem);
   const int64_t work = tiles * plain.batch * plain.heads;
   if (work > INT32_MAX / 2)
-    return fail(GNA_CUDA_BAD_ARGUMENT, "more than 2^30 query tiles");
+    return fail(GNA_CUDA_BAD_ARGUMENT,
+                std::to_string(work) + " query tiles of all heads are more than 2^30");
 
   Device device{};
   if (const int32_t code = set_up(device)) return code;
-  set_rasterization(problem, device.multiprocessors);
+  set_rasterization(problem, device.sm_count);
   BoxShape query_box{}, key_box{};
   for (int a = 0; a < max_axes; ++a) {
     query_box[a] = problem.axes[a].log2_query;
@@ -374,7 +423,7 @@ int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query,
   static std::atomic<uint32_t> launches;
   while ((parameters.launch = ++launches) == 0) {
   }
-  const int blocks = static_cast<int>(std::min<int64_t>(device.multiprocessors, work));
+  const int blocks = static_cast<int>(std::min<int64_t>(device.sm_count, work));
   if (const cudaError_t error = kernel.launch(parameters, blocks, stream))
     return fail(error, "launching the kernel");
   return GNA_CUDA_OK;
@@ -382,6 +431,13 @@ int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query,
 
 }  // namespace
 }  // namespace gna::cuda
+
+void gna_layout(int32_t layout[4]) {
+  layout[0] = GNA_CUDA_API_VERSION;
+  layout[1] = sizeof(gna_cuda_tensor);
+  layout[2] = sizeof(gna_cuda_axis);
+  layout[3] = sizeof(gna_cuda_problem);
+}
 
 const char* gna_declines(int32_t batch, int32_t heads, int32_t tokens,
                          const gna_cuda_tensor* tensor) {

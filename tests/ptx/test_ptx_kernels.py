@@ -5,15 +5,18 @@ The ordinary tests take a few minutes; what is marked `prove` takes longer: `mak
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import random
 
 import pytest
 from ptx import build, interpreter
-from ptx.attention import ARCHITECTURES, Attention, random_attention
+from ptx.attention import ARCHITECTURES, Attention, library, random_attention
 from ptx.mutations import MUTATIONS, PROBLEMS, Mutation, caught
 from torch import Tensor
+
+from gna_compile.providers.cuda.library import LAYOUT
 
 pytestmark = pytest.mark.skipif(
     build.CXX is None or build.NVCC is None, reason="needs nvcc and a C++ compiler"
@@ -139,6 +142,22 @@ def test_the_host_declines_what_the_copy_engine_cannot_do() -> None:
     attention = Attention([(200, 10, 1, 9, False, 7, 7)])
     with pytest.raises(interpreter.PtxError, match="too long for"):
         attention.run("sm90")
+
+
+def test_the_host_names_the_value_and_the_rule() -> None:
+    outside = Attention([(20, 9, 1, 1, False, 3, 3), (24, 17, 1, 1, False, 9, 4)])
+    with pytest.raises(interpreter.PtxError, match="axis 1: log2_query_box is 9, not 0 to 7"):
+        outside.run("sm90")
+    smaller = Attention([(20, 9, 1, 1, False, 3, 3), (24, 17, 1, 1, False, 4, 3)])
+    with pytest.raises(interpreter.PtxError, match=r"key boxes hold 2\^6 tokens, not 2\^7"):
+        smaller.run("sm90")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_structs_are_laid_out_as_python_declares_them(kernel: str) -> None:
+    layout = (ctypes.c_int32 * len(LAYOUT))()
+    library(kernel).functions.gna_layout(layout)
+    assert tuple(layout) == LAYOUT
 
 
 # A few that are found in different ways: a deadlock, races of three kinds, a wrong result.

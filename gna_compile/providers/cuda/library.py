@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 BF16, FP16 = 1, 2
+API_VERSION = 1
 
 
 class TensorView(Structure):
@@ -61,6 +62,10 @@ class NativeProblem(Structure):
     ]
 
 
+LAYOUT = (API_VERSION, *map(ctypes.sizeof, (TensorView, GridAxis, NativeProblem)))
+"""What gna_layout of a library built from these sources says."""
+
+
 @dataclass(frozen=True)
 class Library:
     """The functions of one architecture's library.
@@ -78,17 +83,39 @@ class Library:
     message: Callable[[], bytes]
 
 
-@lru_cache
 def library(name: str) -> Library | None:
-    """The library "sm90" or "sm100", or None if it was not built. It loads without GPU and driver."""
+    """The library "sm90" or "sm100", if it is usable. It loads without GPU and driver."""
+    found = _find(name)
+    return found if isinstance(found, Library) else None
+
+
+def unusable(name: str) -> str | None:
+    """Why there is no `library(name)`, or None if there is."""
+    found = _find(name)
+    return found if isinstance(found, str) else None
+
+
+@lru_cache
+def _find(name: str) -> Library | str:
     # An editable installation has the sources in one folder of the package, what is built in another.
     package = find_spec("gna_compile")
     folders = (package and package.submodule_search_locations) or ()
     places = [Path(folder) / f"_{name}.so" for folder in folders]
     built = [path for path in places if path.exists()]
-    if not built:
-        return None
-    loaded = ctypes.CDLL(str(built[0]))
+    return load(built[0]) if built else "the CUDA kernel was not built"
+
+
+def load(path: Path) -> Library | str:
+    """A library by its file, or why it must not be called: its structs are laid out otherwise."""
+    loaded = ctypes.CDLL(str(path))
+    layout = (c_int32 * len(LAYOUT))()
+    if hasattr(loaded, "gna_layout"):
+        loaded.gna_layout(layout)
+    if tuple(layout) != LAYOUT:
+        return (
+            f"{path} was built from other sources (version and sizes of its interface are "
+            f"{tuple(layout)}, not {LAYOUT}): reinstall gna-compile"
+        )
     declines, forward, message = (
         getattr(loaded, f"gna_{function}") for function in ("declines", "forward", "message")
     )
@@ -99,4 +126,4 @@ def library(name: str) -> Library | None:
     forward.restype = c_int32
     message.argtypes = []
     message.restype = c_char_p
-    return Library(str(built[0]), declines, forward, message)
+    return Library(str(path), declines, forward, message)

@@ -29,6 +29,7 @@ from gna_compile.providers.cuda.library import (
     NativeProblem,
     TensorView,
     library,
+    unusable,
 )
 from gna_compile.providers.flex.provider import Flex
 from gna_compile.providers.portable.provider import Portable
@@ -65,7 +66,7 @@ class NativeCuda:
             return f"runs on cuda, not {problem.device}"
         loaded = library(self.name)
         if loaded is None:
-            return "the CUDA kernel was not built"
+            return unusable(self.name)
         capability = current_capability()
         if capability == (0, 0):
             return "there is no CUDA device"
