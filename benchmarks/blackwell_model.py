@@ -94,7 +94,7 @@ def step_of(head_dim: int) -> Step:
 
 
 def _machine_code(head_dim: int) -> tuple[list[str], dict[str, int]]:
-    """The instructions of the kernel that is not careful, without predicates, and its labels."""
+    """The instructions of the kernel that is not the fallback, without predicates, and its labels."""
     packaged = sorted(Path(sysconfig.get_path("platlib")).glob("nvidia/cu*/bin/nvdisasm"))
     disassembler = shutil.which("nvdisasm") or (str(packaged[-1]) if packaged else None)
     if disassembler is None or shutil.which("nvcc") is None:

@@ -1,4 +1,4 @@
-/* The CPU kernel's C interface: neighbourhood attention, forward and backward.
+/* The CPU kernel's C interface: neighborhood attention, forward and backward.
  *
  * Definitions: gna_compile/geometry.py. Tensors are plain pointers with strides in elements, any
  * strides (0 and negative too); nothing is copied but a tile at a time. Calls may come from several
@@ -42,7 +42,7 @@ typedef struct {
   int32_t axis_count;           /* 1 .. 3; the grid lies in raster order, last axis fastest */
   gna_axis axes[3];
   int32_t prefix, suffix;       /* global tokens before and after the grid */
-  const uint8_t* key_mask;      /* [batch, prefix + suffix], 0 hides a global key; may be null */
+  const uint8_t* key_mask;      /* [batch, prefix + suffix], 0 masks a global key; may be null */
   int64_t key_mask_batch_stride, key_mask_token_stride;
   float scale;
   /* The box of tokens of one tile, log2 of its extent per axis; they add up to 4, 5 or 6. */

@@ -45,7 +45,7 @@ typedef struct {
   int32_t axis_count;             /* 1 .. 3; the grid lies in raster order, last axis fastest */
   gna_cuda_axis axes[3];
   int32_t prefix, suffix;  /* global tokens before and after the grid */
-  const uint8_t* key_mask; /* [batch, prefix + suffix], 0 hides a global key; may be null */
+  const uint8_t* key_mask; /* [batch, prefix + suffix], 0 masks a global key; may be null */
   int64_t key_mask_batch_stride, key_mask_token_stride;
   float scale; /* positive */
 } gna_cuda_problem;

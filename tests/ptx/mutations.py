@@ -84,7 +84,7 @@ def _steep(kernel: str) -> Attention:
     return Attention([(700, 400, 1, 1, False, 8 if kernel == "sm100" else 7, 7)], scale=12.0)
 
 
-def _careful(kernel: str) -> Attention:
+def _fallback(kernel: str) -> Attention:
     attention = _plain(kernel)
     attention.poison["value"] = [((0, 0, 100, 3), float("nan")), ((0, 0, 300, 40), float("inf"))]
     return attention
@@ -97,7 +97,7 @@ PROBLEMS: dict[str, Callable[[str], Attention]] = {
     "long": _long,
     "skewed": _skewed,
     "steep": _steep,
-    "careful": _careful,
+    "fallback": _fallback,
 }
 
 
@@ -160,7 +160,7 @@ MUTATIONS = [
         "          issue_pv(output, probs, value.index());\n          if (takes",
     ),
     _sm90(
-        "the query is given back before its last scores",
+        "the query is released before its last scores",
         MAINLOOP,
         "        issue_qk(scores, half, key.index(), is_masked, mask);\n"
         "        if (takes_turn) warp_scheduler_barrier_arrive(half);\n        is_last = tile.flags & last_tile;",
@@ -248,34 +248,34 @@ MUTATIONS = [
         "            make_mask_operand(masked, mask);\n",
     ),
     _sm90(
-        "masks by words are forgotten",
+        "bitmasks are forgotten",
         MAINLOOP,
         "if (flags & need_bitmask) flags |= needs_bitmask;",
         "",
         problem="globals",
     ),
     _sm90(
-        "a warp that must raise its offsets leaves the loop alone",
+        "a warp that must update its row maxima leaves the loop alone",
         MAINLOOP,
         "          if (updates) {\n            update_row_max_and_exp2<",
         "          if (updates) break;\n          if (updates) {\n            update_row_max_and_exp2<",
         problem="steep",
     ),
     _sm90(
-        "rows that have seen nothing yet are taken to have an offset",
+        "rows without a score so far are taken to have a row max",
         MAINLOOP,
         "bool has_row_max = all_have_row_max(softmax);",
         "bool has_row_max = true;",
         problem="skewed",
     ),
     _sm90(
-        "what hides is infinite itself, so that nothing times it is NaN",
+        "the mask's element is infinite itself, so that nothing times it is NaN",
         "include/gna/coordinate_mask.h",
         "masked_element = 0xff7f",
         "masked_element = 0xff80",
     ),
     _sm90(
-        "large weights are not turned back into scores",
+        "scores are not recovered from large probabilities",
         MAINLOOP,
         "if (updates) recover_scores(scores);",
         "",
@@ -294,7 +294,7 @@ MUTATIONS = [
         "(n % 8 + lane / 16) ^ (at % 4)",
     ),
     _sm90(
-        "one arrival too few is expected for work records",
+        "one arrival too few is expected for work tiles",
         MAINLOOP,
         "work_pipeline.init(1, consumer_warps + 2)",
         "work_pipeline.init(1, consumer_warps + 1)",
@@ -304,7 +304,7 @@ MUTATIONS = [
         MAINLOOP,
         "    fence_mbarrier_init();\n",
         "",
-        problem="careful",
+        problem="fallback",
     ),
     _sm90(
         "barriers are used before they are known",
@@ -337,7 +337,7 @@ MUTATIONS = [
         "mbarrier_arrive_and_expect_tx(full, bytes + 16);",
     ),
     _sm90(
-        "work records are handed on before all lanes have written",
+        "work tiles are handed on before all lanes have written",
         SHARED + "tile_scheduler.cuh",
         "  __syncwarp();\n  return true;",
         "  return true;",
@@ -347,7 +347,7 @@ MUTATIONS = [
         SHARED + "nonfinite.cuh",
         "  fence_proxy_async();\n  return found;",
         "  return found;",
-        problem="careful",
+        problem="fallback",
     ),
     _sm90(
         "boxes are described with another swizzle",
@@ -393,38 +393,38 @@ MUTATIONS = [
         "        step.advance();",
     ),
     _sm100(
-        "weights are announced without a fence before the barrier",
+        "P is announced without a fence before the barrier",
         MAINLOOP,
         "      tmem_wait_store();\n      tcgen05_before_thread_sync();",
         "      tmem_wait_store();",
     ),
     _sm100(
-        "weights are announced before they are there",
+        "P is announced before it is there",
         MAINLOOP,
         "      tmem_wait_store();\n      tcgen05_before_thread_sync();",
         "      tcgen05_before_thread_sync();",
     ),
     _sm100(
-        "the last weights are not awaited",
+        "the last quarter of P is not awaited",
         MAINLOOP,
         "        mbarrier_wait(shared.last_probs_full + index, half.steps & 1);\n",
         "",
     ),
     _sm100(
-        "weights are read from the wrong columns",
+        "P is read from the wrong columns",
         MAINLOOP,
         "half.scores + 8 * k",
         "half.scores + 16 * k",
     ),
     _sm100(
-        "a stage of values is given back before the second half has used it",
+        "a stage of values is released before the second half has used it",
         MAINLOOP,
         "        end_tile(flags, 1);\n        tcgen05_commit(kv.empty + values.index());",
         "        tcgen05_commit(kv.empty + values.index());\n        end_tile(flags, 1);",
         problem="wide",
     ),
     _sm100(
-        "a stage of keys is given back before the second half has used it",
+        "a stage of keys is released before the second half has used it",
         MAINLOOP,
         "      start_tile(next, 1);\n      tcgen05_commit(kv.empty + keys.index());",
         "      tcgen05_commit(kv.empty + keys.index());\n      start_tile(next, 1);",
@@ -491,33 +491,33 @@ MUTATIONS = [
         "",
     ),
     _sm100(
-        "a corrected output is not awaited",
+        "a rescaled output is not awaited",
         MAINLOOP,
         "      tmem_wait_load(part);\n#pragma unroll\n      for (float& x : part) x *= by;",
         "#pragma unroll\n      for (float& x : part) x *= by;",
         problem="long",
     ),
     _sm100(
-        "key records are not given back",
+        "key tile infos are not released",
         MAINLOOP,
         "    key_tile_info.consumer_release(key_tile);\n",
         "",
     ),
     _sm100(
-        "key records are overwritten unread",
+        "key tile infos are overwritten unread",
         MAINLOOP,
         "      key_tile_info.producer_acquire(key_tile);\n",
         "",
         problem="wide",
     ),
     _sm100(
-        "queries are not given back",
+        "queries are not released",
         MAINLOOP,
         "      if (is_new_query) tcgen05_commit(q.empty);\n",
         "",
     ),
     _sm100(
-        "statistics are overwritten unread",
+        "row stats are overwritten unread",
         MAINLOOP,
         "      mbarrier_wait(shared.row_stats_empty + half, work_tile.phase() ^ 1);\n",
         "",
@@ -535,13 +535,13 @@ MUTATIONS = [
         "tma_store_wait_read<Storage::output_stages>()",
     ),
     _sm100(
-        "the output is given back without a fence",
+        "the output is released without a fence",
         EPILOGUE,
         "    tcgen05_before_thread_sync();\n    __syncwarp();\n    arrive_by_warp(shared.output_empty + half);",
         "    __syncwarp();\n    arrive_by_warp(shared.output_empty + half);",
     ),
     _sm100(
-        "one arrival too few is expected for weights",
+        "one arrival too few is expected for P",
         MAINLOOP,
         "init_halves(shared.probs_full, softmax_warps / 2)",
         "init_halves(shared.probs_full, softmax_warps / 2 - 1)",
@@ -557,7 +557,7 @@ MUTATIONS = [
         EPILOGUE,
         "      mbarrier_wait(&shared.v_full, tiles & 1);\n",
         "",
-        problem="careful",
+        problem="fallback",
     ),
     _sm100(
         "more registers than an SM has",
@@ -619,7 +619,7 @@ def planted(mutation: Mutation) -> Iterator[interpreter.Library]:
 def caught(mutation: Mutation, schedules: int = 24) -> str | None:
     """What catches a mutation, with the schedule that does; None if nothing does.
 
-    A kernel that is right only because a careful launch follows stores its output twice.
+    A kernel that is right only because the fallback follows stores its output twice.
     """
     attention = PROBLEMS[mutation.problem](mutation.kernel)
     stores = _stores(mutation.kernel, mutation.problem)
@@ -646,7 +646,7 @@ def _in_brief(how: str) -> str:
     if "wrong result" in how:
         return "wrong result"
     if "done again" in how:
-        return "the careful kernel does its work again"
+        return "the fallback kernel does its work again"
     text = how.split(": launching the kernel: ")[-1]
     where = re.match(
         r"(?:warp \d+, line \d+, (?:@ ?!? ?%\w+ )?|what line \d+, )([\w.:]+).*?: (?=[\da-zD%])",

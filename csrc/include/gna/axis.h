@@ -1,4 +1,4 @@
-// One axis of a token grid: which keys a query sees, which queries see a key, in closed form.
+// One axis of a token grid: which keys a query attends to, which queries attend to a key, in closed form.
 //
 // The same definitions as gna_compile/geometry.py, which explains them, for one dilation group:
 // all positions are positions within the group, and a dilated axis is several such axes
@@ -40,7 +40,7 @@ GNA_HD constexpr int32_t leader(const Axis& axis, int32_t query) {
   return smaller(query / axis.stride * axis.stride + place, axis.length - 1);
 }
 
-// The keys that `query` sees.
+// The keys that `query` attends to.
 GNA_HD constexpr Range keys_of(const Axis& axis, int32_t query) {
   const int32_t at = leader(axis, query);
   const int32_t behind = axis.causal ? axis.window - 1 : axis.window / 2;
@@ -49,12 +49,12 @@ GNA_HD constexpr Range keys_of(const Axis& axis, int32_t query) {
   return {first, axis.causal ? query + 1 : first + axis.window};
 }
 
-// The keys that any of the non-empty `queries` sees.
+// The keys that any of the non-empty `queries` attends to.
 GNA_HD constexpr Range union_of(const Axis& axis, Range queries) {
   return {keys_of(axis, queries.begin).begin, keys_of(axis, queries.end - 1).end};
 }
 
-// The keys that all of the non-empty `queries` see.
+// The keys that all of the non-empty `queries` attend to.
 GNA_HD constexpr Range intersection_of(const Axis& axis, Range queries) {
   const int32_t first = keys_of(axis, queries.end - 1).begin;
   return {first, larger(first, keys_of(axis, queries.begin).end)};
@@ -74,14 +74,14 @@ GNA_HD constexpr int32_t first_query_past(const Axis& axis, int32_t key) {
   return key < 0 ? 0 : (key >= last ? axis.length : query);
 }
 
-// The queries that see any of the non-empty `keys`; empty if nobody does.
+// The queries that attend to any of the non-empty `keys`; empty if none does.
 GNA_HD constexpr Range seen_by(const Axis& axis, Range keys) {
   const int32_t first =
       axis.causal ? keys.begin : first_query_past(axis, keys.begin - axis.window);
   return {first, larger(first, first_query_past(axis, keys.end - 1))};
 }
 
-// The queries that see all of the non-empty `keys`; empty if nobody does.
+// The queries that attend to all of the non-empty `keys`; empty if none does.
 GNA_HD constexpr Range all_seen_by(const Axis& axis, Range keys) {
   const int32_t first = axis.causal ? keys.end - 1
                                     : first_query_past(axis, keys.end - 1 - axis.window);

@@ -1,11 +1,11 @@
 // The mask of a tile of keys as a product of two matrices.
 //
-// A row sees a key of a box if it sees the key's coordinate on every axis. So with a column for every
-// coordinate of every axis, let H [rows, columns] have minus infinity where a row does not see a
+// A row attends to a key of a box if it attends to the key's coordinate on every axis. So with a column for every
+// coordinate of every axis, let H [rows, columns] have minus infinity where a row does not attend to a
 // coordinate and zero elsewhere, and K [keys, columns] say which coordinates a key has: H K^T, added to
-// the scores, hides what the mask hides. K is the same for all tiles; H is a few bits a row.
+// the scores, masks what the mask masks. K is the same for all tiles; H is a few bits a row.
 //
-// A column is a bit of a word; bits m and m + 16 are neighbours in the matrices, columns 2 m and 2 m + 1,
+// A column is a bit of a word; bits m and m + 16 are neighbors in the matrices, columns 2 m and 2 m + 1,
 // so that two elements of 16 bits are made of a word by a shift, a mask and a product.
 #pragma once
 
@@ -56,11 +56,11 @@ GNA_HD constexpr uint32_t coordinates_of(const CoordinateBits& bits, int32_t key
   return has;
 }
 
-// The coordinates on axis `a` outside `sees`, which is relative to the box; all bits if it sees none.
-GNA_HD uint32_t masked_coordinates(const CoordinateBits& bits, int32_t a, Range sees) {
+// The coordinates on axis `a` outside `attended`, which is relative to the box; all bits if that is empty.
+GNA_HD uint32_t masked_coordinates(const CoordinateBits& bits, int32_t a, Range attended) {
   const int32_t extent = bits.extent[a];
-  const uint32_t begin = power_of_two(smaller(larger(sees.begin, 0), extent));
-  const uint32_t end = power_of_two(smaller(larger(sees.end, 0), extent));
+  const uint32_t begin = power_of_two(smaller(larger(attended.begin, 0), extent));
+  const uint32_t end = power_of_two(smaller(larger(attended.end, 0), extent));
   return begin == end ? all_bits
                       : (power_of_two(extent) - 1 - (end - begin)) << bits.start[a];
 }

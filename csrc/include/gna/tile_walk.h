@@ -3,7 +3,7 @@
 // A query tile is a box of the grid's queries, or a run of global tokens. It visits the key tiles of
 // its union box, which start at the union box's corner (dynamic tiling), then those of the global
 // tokens. A query tile of global tokens visits every key of the grid, from the grid's corner on.
-// Whoever loads the tiles and whoever computes on them walk the same list.
+// Producers and consumers walk the same list.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct GridAxis {
   int32_t causal;
   int32_t log2_query, log2_key;
   int32_t query_tiles;  // of all dilation groups; a tile of a short group may be empty
-  int32_t tile_stride;  // query tiles from one to the next along the axis, in the order of work
+  int32_t tile_stride;  // query tiles from one to the next along the axis, in the order of rasterization
 };
 
 // A grid of fewer than three axes has axes of length 1 in front.
@@ -84,18 +84,18 @@ GNA_HD constexpr QueryAxis query_axis(const Problem& problem, int32_t a, int32_t
   return {keys, group, axis.dilation, queries, empty ? Range{0, 0} : union_of(keys, queries)};
 }
 
-// What a query tile of global tokens sees along axis `a`: all of it.
+// What a query tile of global tokens attends to along axis `a`: all of it.
 GNA_HD constexpr QueryAxis whole_axis(const Problem& problem, int32_t a) {
   const int32_t length = problem.axes[a].length;
   return {{length, length, 1, false}, 0, 1, {0, length}, {0, length}};
 }
 
-// The place along axis `a` of tile `index` of the grid's tiles, in the order of work.
+// The place along axis `a` of tile `index` of the grid's tiles, in the order of rasterization.
 GNA_HD constexpr int32_t place_along(const Problem& problem, int32_t a, int32_t index) {
   return index / problem.axes[a].tile_stride % problem.axes[a].query_tiles;
 }
 
-// Keys on an axis that `tiles` neighbouring query tiles, away from the ends of the axis, see.
+// How many keys on an axis `tiles` neighboring query tiles attend to, away from the ends of the axis.
 GNA_HD constexpr int32_t keys_of_neighbors(const GridAxis& axis, int32_t tiles) {
   const Axis group{group_length(axis.length, axis.dilation, 0), axis.window, axis.stride,
                    axis.causal != 0};
@@ -105,8 +105,8 @@ GNA_HD constexpr int32_t keys_of_neighbors(const GridAxis& axis, int32_t tiles) 
   return (keys.end - keys.begin) * smaller(axis.dilation, tiles);
 }
 
-// Sets the order of work of the grid's query tiles: that in which `at_once` consecutive ones see the
-// fewest different keys, so that those stay in the cache.
+// Sets the order of rasterization of the grid's query tiles: that in which `at_once` consecutive ones
+// attend to the fewest different keys, so that those stay in the L2 cache.
 inline void set_rasterization(Problem& problem, int32_t at_once) {
   constexpr int32_t orders[6][max_axes] = {{2, 1, 0}, {2, 0, 1}, {1, 2, 0},
                                            {1, 0, 2}, {0, 2, 1}, {0, 1, 2}};  // innermost first
@@ -195,7 +195,7 @@ struct KeyWalk {
   }
 };
 
-// Some rows of a query tile, on one axis: the keys that any of them and that all of them see. Both are
+// Some rows of a query tile, on one axis: the keys that any of them and that all of them attend to. Both are
 // empty where there are no rows.
 struct RowsAxis {
   Range any, all;
@@ -220,7 +220,8 @@ GNA_HD constexpr RowsAxis rows_axis(const Problem& problem, const QueryTile& til
   return {union_of(axis.axis, queries), intersection_of(axis.axis, queries)};
 }
 
-// Whether rows see any key from `at` on along an axis, and whether they all see all of them.
+// Whether any of the rows attends to any key of a tile at `at` along an axis; whether all rows attend to all
+// of its keys, so that the tile is full.
 GNA_HD constexpr bool overlaps(const RowsAxis& rows, int32_t at, int32_t log2_extent) {
   return at < rows.any.end && at + (1 << log2_extent) > rows.any.begin;
 }
