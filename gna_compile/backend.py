@@ -9,7 +9,7 @@ This is the only place where the steps are strung together, and the target of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -83,37 +83,31 @@ def compile_graph(
     Args:
         quiet: no warnings about what stays dense.
     """
-    from gna_compile.graph.rewrite import copy_with_sites, rewrite
-    from gna_compile.prepared.runtime_check import CheckedAgainstIds, ids_checks, index_checks
-    from gna_compile.report.collect import GraphRecord
-    from gna_compile.report.nothing_rewritten import say
-
-    # A caller that keeps this for later keeps no inputs alive.
-    lowered = partial(lower, inner=options.inner, mode=options.mode, inductor=options.inductor)
     try:
         plan = decide_graph(gm, example_inputs, options)
     except _torch.Missing as missing:
         log.warning('%s, so backend="gna" leaves this graph dense', missing)
         plan = GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)
-    record = GraphRecord.start(gm, plan.decisions, plan.variant_of_phase)
-    if not quiet:
-        say(plan.decisions.values(), plan.policies, plan.root, plan.stamps)
-    if not plan.is_rewritten:
-        record.publish()
+    graphs = write_variants(gm, plan, options) if plan.is_rewritten else []
+    _report(gm, plan, graphs, quiet)
+    # A caller that keeps this for later keeps no inputs alive.
+    lowered = partial(lower, inner=options.inner, mode=options.mode, inductor=options.inductor)
+    if not graphs:
         return lowered(gm, example_inputs)
     _warn_if_recompilations_run_out()
-    import gna_compile.ops  # noqa: F401 - registers the op
+    runs = lower_variants(graphs, plan, lowered, example_inputs)
+    return _checked(runs, gm, plan, options, lowered, example_inputs)
 
-    # A symbolic graph can only be lowered now, while Dynamo traces it; a static one that another
-    # phase runs waits until it does.
-    declare(plan.variant_of_phase)
-    phases = plan.variant_of_phase
-    now = phases.get(current_phase(), phases[DEFAULT_PHASE])
-    static = is_static(gm)
-    modules: list[fx.GraphModule] = []
+
+def write_variants(gm: fx.GraphModule, plan: GraphPlan, options: Options) -> list[fx.GraphModule]:
+    """For each variant of the plan a copy of the graph with its sites rewritten."""
+    import gna_compile.ops  # noqa: F401 - registers the op
+    from gna_compile.graph.rewrite import copy_with_sites, rewrite
+
+    graphs: list[fx.GraphModule] = []
     for variant in plan.variants:
         rewritten = [decision for decision in variant if decision.is_rewritten]
-        module, sites = copy_with_sites(gm, [decision.site for decision in rewritten])
+        graph, sites = copy_with_sites(gm, [decision.site for decision in rewritten])
         rewrite(
             [
                 (site, decision.layout, decision.parameters)
@@ -122,15 +116,57 @@ def compile_graph(
             ],
             verify_masks=options.verify_masks,
         )
-        record.add_variant(module)
-        modules.append(module)
+        graphs.append(graph)
+    return graphs
+
+
+def _report(
+    gm: fx.GraphModule, plan: GraphPlan, graphs: Sequence[fx.GraphModule], quiet: bool
+) -> None:
+    from gna_compile.report.collect import GraphRecord
+    from gna_compile.report.nothing_rewritten import say
+
+    record = GraphRecord.start(gm, plan.decisions, plan.variant_of_phase)
+    if not quiet:
+        say(plan.decisions.values(), plan.policies, plan.root, plan.stamps)
+    for graph in graphs:
+        record.add_variant(graph)
     record.publish()
-    runs: list[Lowered] = [
-        LoweredWhenCalled(module, lowered)
-        if static and index != now
-        else lowered(module, example_inputs)
-        for index, module in enumerate(modules)
+
+
+def lower_variants(
+    graphs: Sequence[fx.GraphModule],
+    plan: GraphPlan,
+    lowered: Callable[[fx.GraphModule, Sequence[Any]], Lowered],
+    example_inputs: Sequence[Any],
+) -> list[Lowered]:
+    """What runs each variant.
+
+    A symbolic graph can only be lowered now, while Dynamo traces it; a static one that another
+    phase runs waits until it does.
+    """
+    phases = plan.variant_of_phase
+    declare(phases)
+    now = phases.get(current_phase(), phases[DEFAULT_PHASE])
+    return [
+        LoweredWhenCalled(graph, lowered)
+        if index != now and is_static(graph)
+        else lowered(graph, example_inputs)
+        for index, graph in enumerate(graphs)
     ]
+
+
+def _checked(
+    runs: list[Lowered],
+    gm: fx.GraphModule,
+    plan: GraphPlan,
+    options: Options,
+    lowered: Callable[[fx.GraphModule, Sequence[Any]], Lowered],
+    example_inputs: Sequence[Any],
+) -> Lowered:
+    """The phase's run, behind the checks of what only a call can show."""
+    from gna_compile.graph.rewrite import copy_with_sites
+    from gna_compile.prepared.runtime_check import CheckedAgainstIds, ids_checks, index_checks
 
     layouts = [d.layout for variant in plan.variants for d in variant if d.is_rewritten]
     known = [layout for layout in layouts if layout is not None]
@@ -140,14 +176,17 @@ def compile_graph(
         if True in dense:
             when_ids_differ = runs[dense.index(True)]
         else:
-            module, _ = copy_with_sites(gm, [])
+            graph, _ = copy_with_sites(gm, [])
             when_ids_differ = (
-                LoweredWhenCalled(module, lowered) if static else lowered(module, example_inputs)
+                LoweredWhenCalled(graph, lowered)
+                if is_static(gm)
+                else lowered(graph, example_inputs)
             )
         runs = [
             run if is_dense else CheckedAgainstIds(run, when_ids_differ, checks, indices, plan.root)
             for run, is_dense in zip(runs, dense, strict=True)
         ]
+    phases = plan.variant_of_phase
     run = runs[0] if len(phases) == 1 else by_phase(runs, phases)
     if options.verify == "layouts":
         from gna_compile.verify.layouts import Verification, VerifiedAtFirstCall
