@@ -1,6 +1,6 @@
 /* The CPU kernel's C interface: neighborhood attention, forward and backward.
  *
- * Definitions: gna_compile/geometry.py. Tensors are plain pointers with strides in elements, any
+ * Definitions: gna_compile/geometry/. Tensors are plain pointers with strides in elements, any
  * strides (0 and negative too); nothing is copied but a tile at a time. Calls may come from several
  * threads at once and from a forked process. Results are the same bits from call to call and for any
  * number of threads.

@@ -1,6 +1,6 @@
 /* The C interface of each library of CUDA kernels: neighborhood attention, forward.
  *
- * Definitions: gna_compile/geometry.py. Tensors are plain device pointers with strides in elements;
+ * Definitions: gna_compile/geometry/. Tensors are plain device pointers with strides in elements;
  * nothing is copied. A call launches on `stream` of the current device, synchronizes with nothing,
  * allocates nothing and may be captured in a CUDA graph. It may come from any thread.
  *

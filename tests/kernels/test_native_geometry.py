@@ -1,4 +1,4 @@
-"""The shared C++ header (csrc/include/gna) against geometry.py, exhaustively on small axes."""
+"""The shared C++ header (csrc/include/gna) against `geometry/axis.py`, exhaustively on small axes."""
 
 from __future__ import annotations
 

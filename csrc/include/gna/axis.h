@@ -1,6 +1,6 @@
 // One axis of a token grid: which keys a query attends to, which queries attend to a key, in closed form.
 //
-// The same definitions as gna_compile/geometry.py, which explains them, for one dilation group:
+// The same definitions as gna_compile/geometry/, which explains them, for one dilation group:
 // all positions are positions within the group, and a dilated axis is several such axes
 // (group_length). Everything is 32-bit and without branches or loops, for host and device alike;
 // lengths up to 2^30.

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from gna_compile.geometry import Axis, GeometryError, Neighborhood
 
-VECTORS = json.loads((Path(__file__).parent / "data" / "gna_vectors.json").read_text())["vectors"]
+VECTORS = json.loads((Path(__file__).parents[1] / "data" / "gna_vectors.json").read_text())[
+    "vectors"
+]
 NAMES = ("grid", "window", "stride", "dilation", "causal")
 
 

@@ -1,0 +1,35 @@
+"""Which keys a query sees, in plain ints: the one definition that everything else follows.
+
+| file | idea |
+|---|---|
+| `axis.py` | one axis of a grid: window, stride, dilation, causality |
+| `neighborhood.py` | one grid with global tokens around it, all heads alike |
+| `segments.py` | what a sequence is made of: global tokens, grids, boxes of grids |
+| `pattern.py` | any attention pattern: segments, links between them, groups of heads |
+| `canonical.py` | one form for all patterns that are equal |
+| `encoding.py` | a pattern as a list of ints, the op's argument |
+"""
+
+from gna_compile.geometry.axis import Axis, GeometryError
+from gna_compile.geometry.canonical import canonical
+from gna_compile.geometry.encoding import decode, encode
+from gna_compile.geometry.neighborhood import Neighborhood
+from gna_compile.geometry.pattern import AttentionPattern, HeadGroup, Link, Window, default_links
+from gna_compile.geometry.segments import GlobalTokens, GridTokens, Segment
+
+__all__ = [
+    "AttentionPattern",
+    "Axis",
+    "GeometryError",
+    "GlobalTokens",
+    "GridTokens",
+    "HeadGroup",
+    "Link",
+    "Neighborhood",
+    "Segment",
+    "Window",
+    "canonical",
+    "decode",
+    "default_links",
+    "encode",
+]

@@ -1,0 +1,139 @@
+"""A pattern as a flat list of ints: the argument of the op, of compiled graphs and of caches.
+
+    [VERSION, partial, segments of the queries, segments of the keys, links, head groups]
+
+    segments      their number, then each: 0, tokens                      global tokens
+                                           rank, lengths, start, stop     a grid, or a box of it
+                  of the keys: -1 if they are those of the queries
+    links         for each query segment, for each key segment: 0 none, 1 full, 2 window
+    head groups   their number, then each: heads, then for each grid among the queries:
+                                           0                              full
+                                           rank, window, stride, dilation, causal
+
+Equal patterns have equal lists, since what is encoded is the canonical form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from gna_compile.geometry.axis import GeometryError
+from gna_compile.geometry.canonical import canonical
+from gna_compile.geometry.pattern import AttentionPattern, HeadGroup, Link, Window
+from gna_compile.geometry.segments import GlobalTokens, GridTokens, Segment
+
+VERSION = 1
+_SAME = -1
+
+
+def encode(pattern: AttentionPattern) -> list[int]:
+    """The list of a pattern; equal for equal patterns."""
+    return write(canonical(pattern))
+
+
+def write(pattern: AttentionPattern) -> list[int]:
+    """The list of a pattern as it is written, canonical or not."""
+    ints = [VERSION, int(pattern.partial), *_segments(pattern.queries)]
+    ints += [_SAME] if pattern.keys == pattern.queries else _segments(pattern.keys)
+    ints += [int(link) for row in pattern.links for link in row]
+    ints.append(len(pattern.head_groups))
+    for group in pattern.head_groups:
+        ints.append(group.heads)
+        for window in group.windows:
+            ints += [0] if window is None else _window(window)
+    return ints
+
+
+def decode(ints: Sequence[int]) -> AttentionPattern:
+    """The pattern of a list.
+
+    Args:
+        ints: what `encode` gave.
+
+    Raises:
+        GeometryError: if the list is none of this version, or its pattern breaks a rule.
+    """
+    reader = _Reader(ints)
+    version = reader.take("version")
+    if version != VERSION:
+        raise GeometryError(
+            f"the pattern {list(ints)} is of version {version}, not {VERSION}: compile the model "
+            "again with this gna-compile"
+        )
+    partial = reader.take("partial") != 0
+    queries = reader.segments(reader.take("number of query segments"))
+    count = reader.take("number of key segments")
+    keys = queries if count == _SAME else reader.segments(count)
+    links = tuple(tuple(reader.link() for _ in keys) for _ in queries)
+    grids = [segment.rank for segment in queries if isinstance(segment, GridTokens)]
+    groups = tuple(
+        HeadGroup(reader.take("heads"), tuple(reader.window(rank) for rank in grids))
+        for _ in range(reader.take("number of head groups"))
+    )
+    reader.finish()
+    return AttentionPattern(queries, keys, links, groups, partial)
+
+
+def _segments(segments: Sequence[Segment]) -> list[int]:
+    ints = [len(segments)]
+    for segment in segments:
+        if isinstance(segment, GlobalTokens):
+            ints += [0, segment.tokens]
+        else:
+            ints += [segment.rank, *segment.grid, *segment.start, *segment.stop]
+    return ints
+
+
+def _window(window: Window) -> list[int]:
+    rows = (window.window, window.stride, window.dilation, map(int, window.causal))
+    return [len(window.window), *(value for row in rows for value in row)]
+
+
+class _Reader:
+    """Takes one entry after another, and says what was expected where the list ends."""
+
+    def __init__(self, ints: Sequence[int]) -> None:
+        self._ints = ints
+        self._rest: Iterator[int] = iter(ints)
+
+    def take(self, what: str) -> int:
+        for value in self._rest:
+            return value
+        raise GeometryError(f"the pattern {list(self._ints)} ends where its {what} should be")
+
+    def many(self, count: int, what: str) -> tuple[int, ...]:
+        return tuple(self.take(what) for _ in range(count))
+
+    def segments(self, count: int) -> tuple[Segment, ...]:
+        return tuple(self.segment() for _ in range(count))
+
+    def segment(self) -> Segment:
+        rank = self.take("segment")
+        if rank == 0:
+            return GlobalTokens(self.take("global tokens"))
+        return GridTokens(*(self.many(rank, name) for name in ("grid", "start", "stop")))
+
+    def link(self) -> Link:
+        value = self.take("link")
+        try:
+            return Link(value)
+        except ValueError:
+            raise GeometryError(
+                f"the pattern {list(self._ints)} has the link {value}; there are 0, 1 and 2"
+            ) from None
+
+    def window(self, grid_rank: int) -> Window | None:
+        rank = self.take("window")
+        if rank == 0:
+            return None
+        if rank != grid_rank:
+            raise GeometryError(
+                f"the pattern {list(self._ints)} has a window of {rank} axes for a grid of {grid_rank}"
+            )
+        rows = [self.many(rank, name) for name in ("window", "stride", "dilation")]
+        causal = tuple(value != 0 for value in self.many(rank, "causal"))
+        return Window(rows[0], rows[1], rows[2], causal)
+
+    def finish(self) -> None:
+        if any(True for _ in self._rest):
+            raise GeometryError(f"the pattern {list(self._ints)} goes on after its last head group")
