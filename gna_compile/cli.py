@@ -192,12 +192,12 @@ def _probe(device: str) -> Problem:
     """A problem that every provider takes on its own device."""
     import torch
 
-    from gna_compile.geometry import Neighborhood
+    from gna_compile.geometry import AttentionPattern, Neighborhood
     from gna_compile.providers import Problem
 
     strides = (128 * 64, 128 * 64, 64, 1)
-    grid = Neighborhood.of((128,), (64,))
-    return Problem(device, torch.bfloat16, 1, 1, 1, 64, grid, False, strides, strides, strides)
+    pattern = AttentionPattern.of_neighborhood(Neighborhood.of((128,), (64,)), 1)
+    return Problem(device, torch.bfloat16, 1, 1, 1, 64, pattern, False, strides, strides, strides)
 
 
 if __name__ == "__main__":

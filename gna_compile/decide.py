@@ -15,7 +15,7 @@ import torch
 
 from gna_compile import _torch
 from gna_compile.decision import Decision
-from gna_compile.geometry import GeometryError, Neighborhood
+from gna_compile.geometry import AttentionPattern, GeometryError, Neighborhood
 from gna_compile.graph.dynamo_frame import is_resumed, position_ids_outside
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, enters, hint
@@ -303,7 +303,9 @@ def _problem(site: Site, layout: Layout, parameters: Parameters) -> Problem:
         heads=hint(site.heads),
         kv_heads=hint(site.kv_heads),
         head_dim=hint(site.head_dim),
-        neighborhood=_neighborhood(layout, parameters),
+        pattern=AttentionPattern.of_neighborhood(
+            _neighborhood(layout, parameters), hint(site.heads)
+        ),
         has_key_mask=site.mask is not None,
         query_strides=_strides(site.query),
         key_strides=_strides(site.key, transposed=site.key_transposed),

@@ -1,6 +1,6 @@
 """One form for all patterns that are equal, so that equal problems have equal encodings.
 
-What is joined: axes of a grid that hide nothing, neighboring segments that see and are seen alike,
+Empty segments and head groups are left out. What is joined: axes of a grid that hide nothing, neighboring segments that see and are seen alike,
 neighboring head groups with the same windows. Parameters that change nothing take one value (the
 stride of a full axis, the dilation of a window of one key). Which keys a query sees stays, and so
 do the columns of the key mask.
@@ -28,6 +28,7 @@ def canonical(pattern: AttentionPattern) -> AttentionPattern:
     """
     pattern = replace(pattern, partial=True)
     for step in (
+        _without_empty_parts,
         _with_plain_windows,
         _without_idle_windows,
         _with_plain_grids,
@@ -38,6 +39,20 @@ def canonical(pattern: AttentionPattern) -> AttentionPattern:
     ):
         pattern = step(pattern)
     return replace(pattern, partial=pattern.missing_key is not None)
+
+
+def _without_empty_parts(pattern: AttentionPattern) -> AttentionPattern:
+    """A sequence keeps one segment, and a pattern one head group, even if it is empty."""
+    rows = [n for n, segment in enumerate(pattern.queries) if segment.tokens] or [0]
+    columns = [n for n, segment in enumerate(pattern.keys) if segment.tokens] or [0]
+    groups = tuple(group for group in pattern.head_groups if group.heads)
+    return replace(
+        pattern,
+        queries=tuple(pattern.queries[row] for row in rows),
+        keys=tuple(pattern.keys[column] for column in columns),
+        links=tuple(tuple(pattern.links[row][column] for column in columns) for row in rows),
+        head_groups=groups or pattern.head_groups[:1],
+    )
 
 
 def _with_plain_windows(pattern: AttentionPattern) -> AttentionPattern:

@@ -62,7 +62,7 @@ class HeadGroup:
     """Consecutive heads that see the same.
 
     Args:
-        heads: how many query heads, at least 1.
+        heads: how many query heads, at least 0.
         windows: for each grid among the query segments, in their order, the window of its `WINDOW`
             links; None makes them full.
     """
@@ -266,8 +266,8 @@ class AttentionPattern:
         return total
 
     def _check_group(self, number: int, group: HeadGroup) -> None:
-        if group.heads < 1:
-            raise GeometryError(f"head group {number} has {group.heads} heads; at least 1")
+        if group.heads < 0:
+            raise GeometryError(f"head group {number} has {group.heads} heads; at least 0")
         if len(group.windows) != len(self.query_grids):
             raise GeometryError(
                 f"head group {number} has {len(group.windows)} windows for "

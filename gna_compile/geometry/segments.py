@@ -14,18 +14,18 @@ class GlobalTokens:
     """Tokens off any grid (text, CLS, registers).
 
     Args:
-        tokens: how many, at least 1.
+        tokens: how many, at least 0.
 
     Raises:
-        GeometryError: if there are none.
+        GeometryError: if there are fewer.
     """
 
     tokens: int
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
+        if self.tokens < 0:
             raise GeometryError(
-                f"a segment of {self.tokens} global tokens; it must have at least 1"
+                f"a segment of {self.tokens} global tokens; it must have at least 0"
             )
 
     def __str__(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gna_compile import _torch, providers
+from gna_compile.geometry import AttentionPattern
 from gna_compile.ops.checks import (
     check_geometry_if_known,
     check_layouts,
@@ -150,7 +151,7 @@ def _choose(inputs: Inputs, geometry: Geometry, provider: str) -> tuple[Problem,
         heads=heads,
         kv_heads=key.shape[1],
         head_dim=head_dim,
-        neighborhood=neighborhood_of(geometry, tokens),
+        pattern=AttentionPattern.of_neighborhood(neighborhood_of(geometry, tokens), heads),
         has_key_mask=key_mask is not None,
         query_strides=query.stride(),
         key_strides=key.stride(),

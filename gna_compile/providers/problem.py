@@ -9,7 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gna_compile.geometry import Neighborhood
+from gna_compile.geometry import AttentionPattern, Neighborhood
+
+MANY_SEGMENTS = "takes one grid with global tokens around it, and queries that are the keys' tokens"
+"""Why a provider declines a pattern that is no `Neighborhood`."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Problem:
         heads: query heads.
         kv_heads: key and value heads; divides `heads`.
         head_dim: elements of a head.
-        neighborhood: the attention's geometry.
+        pattern: which keys each query sees; one head group, of `heads` heads.
         has_key_mask: whether global keys may be hidden.
         query_strides: of the query [batch, heads, tokens, head_dim], in elements.
         key_strides: of the key [batch, kv_heads, tokens, head_dim], in elements.
@@ -36,11 +39,23 @@ class Problem:
     heads: int
     kv_heads: int
     head_dim: int
-    neighborhood: Neighborhood
+    pattern: AttentionPattern
     has_key_mask: bool
     query_strides: tuple[int, ...]
     key_strides: tuple[int, ...]
     value_strides: tuple[int, ...]
+
+    @property
+    def is_one_grid(self) -> bool:
+        """Whether the pattern is one grid with global tokens around it."""
+        return self.pattern.neighborhood is not None
+
+    @property
+    def neighborhood(self) -> Neighborhood:
+        """The pattern as one grid with global tokens around it; only where `is_one_grid`."""
+        neighborhood = self.pattern.neighborhood
+        assert neighborhood is not None
+        return neighborhood
 
     @cached_property
     def _hash(self) -> int:
@@ -59,10 +74,10 @@ class Inputs(NamedTuple):
     """What is attended to, and with what.
 
     Attributes:
-        query: [batch, heads, tokens, head_dim].
-        key: [batch, kv_heads, tokens, head_dim].
+        query: [batch, heads, query tokens, head_dim].
+        key: [batch, kv_heads, key tokens, head_dim].
         value: like key.
-        key_mask: bool [batch, prefix + suffix], False where a global key is hidden; or None.
+        key_mask: bool [batch, global keys], False where a global key is hidden; or None.
         scale: of the logits before the softmax.
     """
 

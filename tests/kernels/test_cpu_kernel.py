@@ -228,7 +228,7 @@ def test_a_forked_process_can_go_on(isa: str) -> None:
 
 MEMORY = """
 import resource, sys, torch
-from gna_compile.geometry import Neighborhood
+from gna_compile.geometry import AttentionPattern, Neighborhood
 from gna_compile.providers.cpu.provider import Cpu
 from gna_compile.providers.problem import Forward, Gradients, Inputs, OutputGradients, Problem
 
@@ -240,7 +240,8 @@ query, key, value, output, grad_output, *grads = (
 lse = torch.zeros(1, 4, 16384)
 strides = query.stride()
 def problem(n):
-    return Problem("cpu", query.dtype, 1, 4, 4, 64, n, False, strides, strides, strides)
+    pattern = AttentionPattern.of_neighborhood(n, 4)
+    return Problem("cpu", query.dtype, 1, 4, 4, 64, pattern, False, strides, strides, strides)
 def run(facts, q, k, v, o, l, go, gs):
     provider = Cpu(sys.argv[1])
     inputs, results = Inputs(q, k, v, None, 0.1), Forward(o, l)

@@ -29,7 +29,7 @@ from kernel_problems import (
 from torch import Tensor
 
 from gna_compile import ops
-from gna_compile.geometry import Neighborhood
+from gna_compile.geometry import AttentionPattern, Neighborhood
 from gna_compile.planner import PlanError, Workload, plan
 from gna_compile.planner.architectures import SM90
 from gna_compile.providers import Problem
@@ -109,6 +109,9 @@ def test_boxes_are_readable_and_cheapest_where_it_is_known() -> None:
 
 
 def test_declines_say_why() -> None:
+    def of(neighborhood: Neighborhood) -> AttentionPattern:
+        return AttentionPattern.of_neighborhood(neighborhood, 4)
+
     def declined(**changes: Any) -> str | None:
         facts: dict[str, Any] = {
             "device": "cuda",
@@ -117,7 +120,7 @@ def test_declines_say_why() -> None:
             "heads": 4,
             "kv_heads": 4,
             "head_dim": 64,
-            "neighborhood": Neighborhood.of((1024,), (64,)),
+            "pattern": of(Neighborhood.of((1024,), (64,))),
             "has_key_mask": False,
             **dict.fromkeys(
                 ("query_strides", "key_strides", "value_strides"), (262144, 65536, 64, 1)
@@ -134,7 +137,7 @@ def test_declines_say_why() -> None:
     assert "head_dim 136" in (declined(head_dim=136) or "")
     assert "contiguous" in (declined(key_strides=(262144, 65536, 1, 1024)) or "")
     assert "dilation" in (
-        declined(neighborhood=Neighborhood.of((1024,), (16,), dilation=(16,))) or ""
+        declined(pattern=of(Neighborhood.of((1024,), (16,), dilation=(16,)))) or ""
     )
     if library("sm90") is not None:
         assert "16 bytes" in (declined(value_strides=(262144, 65536, 65, 1)) or "")
@@ -147,7 +150,7 @@ def test_declines_say_why() -> None:
                 1,
                 1,
                 64,
-                Neighborhood.of((8,), (8,)),
+                of(Neighborhood.of((8,), (8,))),
                 False,
                 *[(512, 512, 64, 1)] * 3,
             )

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import gna_compile
 from gna_compile import providers
-from gna_compile.geometry import Neighborhood
+from gna_compile.geometry import AttentionPattern, Neighborhood
 from gna_compile.planner import plan, speedups
 from gna_compile.providers import Problem
 from gna_compile.providers.cpu import tiles as cpu_tiles
@@ -28,9 +28,8 @@ from gna_compile.providers.portable.provider import Portable
 
 def problem(neighborhood: Neighborhood, device: str = "cpu", **changes: Any) -> Problem:
     strides = (1, 1, 1, 1)
-    made = Problem(
-        device, torch.bfloat16, 2, 12, 6, 128, neighborhood, False, strides, strides, strides
-    )
+    pattern = AttentionPattern.of_neighborhood(neighborhood, 12)
+    made = Problem(device, torch.bfloat16, 2, 12, 6, 128, pattern, False, strides, strides, strides)
     return dataclasses.replace(made, **changes)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gna_compile.geometry import Neighborhood
+from gna_compile.geometry import AttentionPattern, Neighborhood
 from gna_compile.planner.architectures import SM90
 from gna_compile.providers import Problem
 from gna_compile.providers.cuda import library
@@ -65,7 +65,6 @@ def test_a_library_older_than_the_handshake_is_told(tmp_path: Path) -> None:
 def test_the_provider_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_find", lambda name: f"{name} was built from other sources")
     strides = [(512, 512, 64, 1)] * 3
-    problem = Problem(
-        "cuda", torch.bfloat16, 1, 1, 1, 64, Neighborhood.of((8,), (8,)), False, *strides
-    )
+    pattern = AttentionPattern.of_neighborhood(Neighborhood.of((8,), (8,)), 1)
+    problem = Problem("cuda", torch.bfloat16, 1, 1, 1, 64, pattern, False, *strides)
     assert NativeCuda(SM90).supports(problem) == "sm90 was built from other sources"

@@ -26,6 +26,8 @@ def draw(seed: int, longest: int = 7, most_tokens: int = 120) -> AttentionPatter
             pattern = _draw(generator, longest)
         except GeometryError:
             continue
+        if min(pattern.query_tokens, pattern.key_tokens, pattern.heads) == 0:
+            continue
         if max(pattern.query_tokens, pattern.key_tokens) <= most_tokens:
             return pattern
 
@@ -54,7 +56,7 @@ def _draw(generator: random.Random, longest: int) -> AttentionPattern:
             for segment in queries
             if isinstance(segment, GridTokens)
         )
-        groups.append(HeadGroup(generator.randint(1, 2), windows))
+        groups.append(HeadGroup(generator.choice((0, 1, 1, 2)), windows))
     if generator.random() < 0.2:
         groups.append(groups[-1])
     return AttentionPattern(
@@ -65,7 +67,7 @@ def _draw(generator: random.Random, longest: int) -> AttentionPattern:
 def _segment(generator: random.Random, lengths: tuple[int, ...], longest: int) -> Segment:
     kind = generator.random()
     if kind < 0.35:
-        return GlobalTokens(generator.randint(1, 5))
+        return GlobalTokens(generator.randint(0, 5))
     if kind < 0.55:
         return GridTokens(lengths)
     if kind < 0.8:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gna_compile.geometry import Axis, Neighborhood
+from gna_compile.geometry import AttentionPattern, Axis, Neighborhood
 from gna_compile.providers import Problem
 
 
@@ -31,7 +31,7 @@ def problem(neighborhood: Neighborhood, **changes: Any) -> Problem:
         "heads": 2,
         "kv_heads": 2,
         "head_dim": 8,
-        "neighborhood": neighborhood,
+        "pattern": AttentionPattern.of_neighborhood(neighborhood, 2),
         "has_key_mask": False,
         "query_strides": strides,
         "key_strides": strides,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gna_compile.providers.problem import (
+    MANY_SEGMENTS,
     Forecast,
     Forward,
     Gradients,
@@ -58,6 +59,8 @@ class Cpu:
             return "the native extension was not built"
         if problem.device != "cpu":
             return f"runs on cpu, not {problem.device}"
+        if not problem.is_one_grid:
+            return MANY_SEGMENTS
         if problem.dtype not in _TYPES:
             return f"takes fp32, bf16 and fp16, not {problem.dtype}"
         if problem.head_dim > _MAX_HEAD_DIM:

@@ -34,6 +34,7 @@ from gna_compile.providers.cuda.library import (
 from gna_compile.providers.flex.provider import Flex
 from gna_compile.providers.portable.provider import Portable
 from gna_compile.providers.problem import (
+    MANY_SEGMENTS,
     Forecast,
     Forward,
     Gradients,
@@ -80,6 +81,8 @@ class NativeCuda:
 
     def declines(self, problem: Problem) -> str | None:
         """Why no device could run `problem` with this kernel, or None if one could."""
+        if not problem.is_one_grid:
+            return MANY_SEGMENTS
         if problem.dtype not in _TYPES:
             return f"takes bf16 and fp16, not {problem.dtype}"
         if problem.head_dim not in _HEAD_DIMS:

@@ -27,6 +27,7 @@ from gna_compile import _torch
 from gna_compile.geometry import Neighborhood
 from gna_compile.providers.flex.tiles import TILE, lay_out
 from gna_compile.providers.problem import (
+    MANY_SEGMENTS,
     Forecast,
     Forward,
     Gradients,
@@ -67,6 +68,8 @@ class Flex:
 
     def declines(self, problem: Problem) -> str | None:
         """Why no device could run `problem` with FlexAttention, or None if one could."""
+        if not problem.is_one_grid:
+            return MANY_SEGMENTS
         if problem.dtype not in _DTYPES:
             return f"takes fp32, bf16 and fp16, not {problem.dtype}"
         if problem.head_dim not in _HEAD_DIMS:
