@@ -23,6 +23,10 @@ HUNT_ARGS ?=
 # rest of what it needs comes with transformers. Hence --no-deps, and no extra in pyproject.toml.
 TIMM := timm==1.0.31
 
+# CuTe's headers, which tests compare the CUDA kernels' layouts with, and are skipped without. The
+# package's Python half requires cuda-python, scipy and others, which nothing here uses.
+CUTLASS := nvidia-cutlass==4.2.0.0
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
@@ -83,6 +87,7 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) $(VENV)/.torch
 $(VENV)/.test: pyproject.toml $(NATIVE) $(VENV)/.torch
 	$(PIP) --editable ".[test]"
 	$(PIP) --no-deps "$(TIMM)"
+	$(PIP) --no-deps "$(CUTLASS)" || echo "Without $(CUTLASS): tests/kernels/test_cute.py will be skipped." >&2
 	@touch $@
 
 # mypy reads what the tests import, so it needs their packages too.
