@@ -55,7 +55,7 @@ def test_explain(folder: Path) -> None:
     rows = json.loads(run("explain", "build_model.py:make", "--policy", "my.yaml", "--json"))
     assert [(row["layout"], row["decision"]) for row in rows] == [("40x40", "gna")]
     diff = run("explain", "build_model.py:make", "--policy", "my.yaml", "--diff")
-    assert "gna.attention.v1" in diff
+    assert "gna.attention.v2" in diff
 
 
 @pytest.mark.parametrize(

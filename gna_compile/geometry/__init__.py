@@ -8,14 +8,16 @@
 | `pattern.py` | any attention pattern: segments, links between them, groups of heads |
 | `canonical.py` | one form for all patterns that are equal |
 | `encoding.py` | a pattern as a list of ints, the op's argument |
+| `text.py` | a pattern in words |
 """
 
 from gna_compile.geometry.axis import Axis, GeometryError
 from gna_compile.geometry.canonical import canonical
-from gna_compile.geometry.encoding import decode, encode
+from gna_compile.geometry.encoding import decode, encode, write_grid
 from gna_compile.geometry.neighborhood import Neighborhood
 from gna_compile.geometry.pattern import AttentionPattern, HeadGroup, Link, Window, default_links
 from gna_compile.geometry.segments import GlobalTokens, GridTokens, Segment
+from gna_compile.geometry.text import text_of_list
 
 __all__ = [
     "AttentionPattern",
@@ -32,4 +34,6 @@ __all__ = [
     "decode",
     "default_links",
     "encode",
+    "text_of_list",
+    "write_grid",
 ]

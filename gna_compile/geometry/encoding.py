@@ -16,6 +16,7 @@ Equal patterns have equal lists, since what is encoded is the canonical form.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from gna_compile.geometry.axis import GeometryError
 from gna_compile.geometry.canonical import canonical
@@ -23,7 +24,7 @@ from gna_compile.geometry.pattern import AttentionPattern, HeadGroup, Link, Wind
 from gna_compile.geometry.segments import GlobalTokens, GridTokens, Segment
 
 VERSION = 1
-_SAME = -1
+SAME = -1
 
 
 def encode(pattern: AttentionPattern) -> list[int]:
@@ -34,7 +35,7 @@ def encode(pattern: AttentionPattern) -> list[int]:
 def write(pattern: AttentionPattern) -> list[int]:
     """The list of a pattern as it is written, canonical or not."""
     ints = [VERSION, int(pattern.partial), *_segments(pattern.queries)]
-    ints += [_SAME] if pattern.keys == pattern.queries else _segments(pattern.keys)
+    ints += [SAME] if pattern.keys == pattern.queries else _segments(pattern.keys)
     ints += [int(link) for row in pattern.links for link in row]
     ints.append(len(pattern.head_groups))
     for group in pattern.head_groups:
@@ -42,6 +43,46 @@ def write(pattern: AttentionPattern) -> list[int]:
         for window in group.windows:
             ints += [0] if window is None else _window(window)
     return ints
+
+
+def write_grid(
+    grid: Sequence[Any],
+    window: Sequence[Any],
+    stride: Sequence[Any],
+    dilation: Sequence[Any],
+    causal: Sequence[bool],
+    prefix: Any,
+    suffix: Any,
+    heads: Any,
+) -> list[Any]:
+    """The list of one grid with global tokens around it; every size may be a symbol or a graph node.
+
+    Raises:
+        GeometryError: if the entries per axis are not as many as the axes, or a count is negative.
+    """
+    rank = len(grid)
+    columns = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
+    for name, values in columns.items():
+        if len(values) != rank:
+            raise GeometryError(
+                f"{name} has {len(values)} entries for a grid of {rank} axes {tuple(grid)}"
+            )
+    for name, count in (("prefix", prefix), ("suffix", suffix)):
+        if isinstance(count, int) and count < 0:
+            raise GeometryError(f"{name} {count} must be at least 0")
+    is_none = [isinstance(count, int) and count == 0 for count in (prefix, suffix)]
+    before, after = (
+        [] if none else [0, n] for none, n in zip(is_none, (prefix, suffix), strict=True)
+    )
+    segments = [3 - sum(is_none), *before, rank, *grid, *[0] * rank, *grid, *after]
+    place, count = int(not is_none[0]), segments[0]
+    links = [
+        int(Link.WINDOW if query == key == place else Link.FULL)
+        for query in range(count)
+        for key in range(count)
+    ]
+    group = [heads, rank, *window, *stride, *dilation, *map(int, causal)]
+    return [VERSION, 0, *segments, SAME, *links, 1, *group]
 
 
 def decode(ints: Sequence[int]) -> AttentionPattern:
@@ -63,7 +104,7 @@ def decode(ints: Sequence[int]) -> AttentionPattern:
     partial = reader.take("partial") != 0
     queries = reader.segments(reader.take("number of query segments"))
     count = reader.take("number of key segments")
-    keys = queries if count == _SAME else reader.segments(count)
+    keys = queries if count == SAME else reader.segments(count)
     links = tuple(tuple(reader.link() for _ in keys) for _ in queries)
     grids = [segment.rank for segment in queries if isinstance(segment, GridTokens)]
     groups = tuple(

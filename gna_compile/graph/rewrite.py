@@ -1,7 +1,7 @@
 """Replaces decided attention sites by the op, and nothing else.
 
 Before: `scaled_dot_product_attention(q, k, v, ...)`, or unfused matmul, softmax and matmul.
-After: `gna.attention.v1(q, k, v, grid, window, ...)[0]`, with the same dtype, shape and memory
+After: `gna.attention.v2(q, k, v, pattern, ...)[0]`, with the same dtype, shape and memory
 order, the same metadata, and casts where autocast would have cast. Grid sizes that are symbols
 become nodes computed from the graph's own size inputs. Gains what the FLOP share says; needs a
 provider that takes the problem (`decide` asked for one).
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from gna_compile import _torch
+from gna_compile.geometry import write_grid
 from gna_compile.graph.mutation import written_by
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import entry_of, hint
@@ -66,22 +67,24 @@ def _replace(
         for operand in operands
     ]
     operands = [_with_one_batch(build, operand) for operand in operands]
-    prefix, suffix = sizes.node_for(layout.prefix), sizes.node_for(layout.suffix)
     key_mask = None
     if site.mask is not None:
         key_mask = _key_mask(build, site, layout, sizes, verify_masks)
     # A symbolic head_dim is held to its value: the scale is a number in the op.
     scale = site.scale if site.scale is not None else int(site.head_dim) ** -0.5
     pair = build.function(
-        torch.ops.gna.attention.v1,
+        torch.ops.gna.attention.v2,
         *operands,
-        [sizes.node_for(size) for size in layout.grid],
-        [sizes.node_for(size) for size in parameters.window],
-        [sizes.node_for(size) for size in parameters.stride],
-        [sizes.node_for(size) for size in parameters.dilation],
-        list(parameters.causal),
-        prefix,
-        suffix,
+        write_grid(
+            [sizes.node_for(size) for size in layout.grid],
+            [sizes.node_for(size) for size in parameters.window],
+            [sizes.node_for(size) for size in parameters.stride],
+            [sizes.node_for(size) for size in parameters.dilation],
+            parameters.causal,
+            sizes.node_for(layout.prefix),
+            sizes.node_for(layout.suffix),
+            sizes.node_for(operands[0].meta["example_value"].shape[1]),
+        ),
         key_mask,
         scale,
         _order_with_one_batch(memory_order(original)),

@@ -1,4 +1,4 @@
-"""The op: `torch.ops.gna.attention.v1`, its derivatives, and how PyTorch sees them.
+"""The op: `torch.ops.gna.attention.v2`, its derivatives, and how PyTorch sees them.
 
 Importing this registers them, with `torch.library.Library`: about half of `custom_op`'s cost per
 call.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gna_compile.geometry import write_grid
 from gna_compile.ops import derivatives, flops, implementations, transforms
 from gna_compile.ops.checks import check_head_dim, check_layouts, check_rank
 from gna_compile.ops.schema import BACKWARD, FORWARD, LIBRARY, TANGENT
@@ -85,13 +86,16 @@ def neighborhood_attention(
         query,
         key,
         value,
-        list(grid),
-        list(window),
-        [1] * rank if stride is None else list(stride),
-        [1] * rank if dilation is None else list(dilation),
-        [False] * rank if causal is None else list(causal),
-        prefix,
-        suffix,
+        write_grid(
+            grid,
+            window,
+            [1] * rank if stride is None else stride,
+            [1] * rank if dilation is None else dilation,
+            [False] * rank if causal is None else causal,
+            prefix,
+            suffix,
+            query.shape[1],
+        ),
         key_mask,
         query.shape[3] ** -0.5 if scale is None else scale,
         order,

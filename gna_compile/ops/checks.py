@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gna_compile.geometry import Neighborhood
-from gna_compile.ops.schema import Geometry
+from gna_compile.geometry import AttentionPattern, decode
+from gna_compile.geometry.segments import text_of
 from gna_compile.providers import Forward, Inputs, OutputGradients
 
 _OPERANDS = ("query", "key", "value")
@@ -52,7 +53,7 @@ def check_head_dim(query: Tensor) -> None:
         raise ValueError("head_dim is 0; it must be at least 1")
 
 
-def check_tensors(inputs: Inputs, geometry: Geometry) -> None:
+def check_tensors(inputs: Inputs, pattern: Sequence[int]) -> None:
     """Raises ValueError; compares plain ints only, so that no symbol gets a guard."""
     check_layouts(inputs)
     query, key, value, key_mask, _ = inputs
@@ -65,9 +66,14 @@ def check_tensors(inputs: Inputs, geometry: Geometry) -> None:
             )
     if not query.dtype.is_floating_point:
         raise ValueError(f"query is {query.dtype}; it must be a floating-point type")
-    batch, heads, tokens, head_dim = query.shape
+    if key_mask is not None:
+        _check_key_mask(key_mask, query)
+    sizes = (*pattern, query.shape[1], query.shape[2], key.shape[2])
+    if all(isinstance(size, int) for size in sizes):
+        pattern_of(inputs, pattern)
+    batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
-    wanted = (batch, kv_heads, tokens, head_dim)
+    wanted = (batch, kv_heads, key.shape[2], head_dim)
     for name, tensor in (("key", key), ("value", value)):
         if any(map(_differ, tensor.shape, wanted)):
             raise ValueError(
@@ -78,21 +84,19 @@ def check_tensors(inputs: Inputs, geometry: Geometry) -> None:
     known_heads = isinstance(heads, int) and isinstance(kv_heads, int)
     if known_heads and (heads % kv_heads if kv_heads else heads):
         raise ValueError(f"query has {heads} heads and key {kv_heads}; key's must divide query's")
-    if key_mask is not None:
-        _check_key_mask(key_mask, query, geometry.prefix + geometry.suffix)
 
 
-def _check_key_mask(key_mask: Tensor, query: Tensor, global_tokens: int) -> None:
+def _check_key_mask(key_mask: Tensor, query: Tensor) -> None:
     batch = query.shape[0]
     if key_mask.dtype != torch.bool or key_mask.device != query.device:
         raise ValueError(
             f"key_mask is {key_mask.dtype} on {key_mask.device}; it must be torch.bool on "
             f"{query.device}, True where a global key is visible"
         )
-    if key_mask.ndim != 2 or any(map(_differ, key_mask.shape, (batch, global_tokens))):
+    if key_mask.ndim != 2 or _differ(key_mask.shape[0], batch):
         raise ValueError(
-            f"key_mask has shape {tuple(key_mask.shape)}; it must be [batch, prefix + suffix] = "
-            f"[{batch}, {global_tokens}]: it covers the global tokens only"
+            f"key_mask has shape {tuple(key_mask.shape)}; it must be [batch, global keys], of batch "
+            f"{batch}"
         )
 
 
@@ -142,21 +146,30 @@ def logsumexp_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def neighborhood_of(geometry: Geometry, tokens: int) -> Neighborhood:
-    """The geometry of so many tokens; raises ValueError if it is of others."""
-    neighborhood = Neighborhood.of(*geometry)
-    if neighborhood.tokens != tokens:
+_decode = lru_cache(maxsize=1024)(decode)
+
+
+def pattern_of(inputs: Inputs, ints: Sequence[int]) -> AttentionPattern:
+    """The pattern of an encoding; raises ValueError if it is not of these tensors."""
+    pattern = _decode(tuple(ints))
+    query, key, _, key_mask, _ = inputs
+    sequences = (
+        ("query", query, pattern.query_tokens, pattern.queries),
+        ("key", key, pattern.key_tokens, pattern.keys),
+    )
+    for name, tensor, tokens, segments in sequences:
+        if tensor.shape[2] != tokens:
+            raise ValueError(
+                f"{name} has {tensor.shape[2]} tokens, but {text_of(segments)} makes {tokens}; pass "
+                "the grid that the tokens lie on"
+            )
+    if pattern.heads != query.shape[1]:
         raise ValueError(
-            f"query has {tokens} tokens, but prefix {neighborhood.prefix} + grid "
-            f"{neighborhood.grid} + suffix {neighborhood.suffix} makes {neighborhood.tokens}; "
-            "pass the grid that the tokens lie on"
+            f"query has {query.shape[1]} heads, but the pattern's head groups have {pattern.heads}"
         )
-    return neighborhood
-
-
-def check_geometry_if_known(query: Tensor, geometry: Geometry) -> None:
-    """Raises ValueError; without a symbol among the sizes only."""
-    grid, window, stride, dilation, _, prefix, suffix = geometry
-    sizes = [query.shape[2], *grid, *window, *stride, *dilation, prefix, suffix]
-    if all(isinstance(size, int) for size in sizes):
-        neighborhood_of(geometry, query.shape[2])
+    if key_mask is not None and _differ(key_mask.shape[1], pattern.global_keys):
+        raise ValueError(
+            f"key_mask has shape {tuple(key_mask.shape)}; it must be [batch, global keys] = "
+            f"[{query.shape[0]}, {pattern.global_keys}]: it covers the global tokens only"
+        )
+    return pattern

@@ -19,19 +19,19 @@ from gna_compile.ops.schema import TANGENT as _TANGENT
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *geometry, key_mask, scale, _, provider = inputs
+    query, key, value, pattern, key_mask, scale, _, provider = inputs
     ctx.save_for_backward(query, key, value, *output, key_mask)
-    ctx.rest = (geometry, scale, provider)
+    ctx.rest = (pattern, scale, provider)
     # An unused logsumexp then costs nothing.
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None) -> Any:
-    nothing = (None,) * 11
+    nothing = (None,) * 5
     if grad_output is None and grad_logsumexp is None:
         return (None, None, None, *nothing)
     query, key, value, output, logsumexp, key_mask = ctx.saved_tensors
-    geometry, scale, provider = ctx.rest
+    pattern, scale, provider = ctx.rest
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     grads = _BACKWARD(
@@ -42,7 +42,7 @@ def _gradient(ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | Non
         value,
         output,
         logsumexp,
-        *geometry,
+        pattern,
         key_mask,
         scale,
         provider,
@@ -53,13 +53,13 @@ def _gradient(ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | Non
 
 def _forward_gradient(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
     query, key, value, logsumexp, key_mask = ctx.saved_tensors
-    geometry, scale, _ = ctx.rest
+    pattern, scale, _ = ctx.rest
     moving = [
         torch.zeros_like(operand) if tangent is None else tangent
         for operand, tangent in zip((query, key, value), tangents[:3], strict=True)
     ]
     pair: tuple[Tensor, Tensor] = _TANGENT(
-        *moving, query, key, value, logsumexp, *geometry, key_mask, scale, ctx.output_order
+        *moving, query, key, value, logsumexp, pattern, key_mask, scale, ctx.output_order
     )
     return pair
 

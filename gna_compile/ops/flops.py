@@ -13,28 +13,28 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from gna_compile import _torch
-from gna_compile.geometry import Neighborhood
-from gna_compile.ops.schema import BackwardCall, ForwardCall, Geometry
+from gna_compile.geometry import decode
+from gna_compile.ops.schema import BackwardCall, ForwardCall
 
 
-def attention_flops(query_shape: Sequence[Any], geometry: Geometry) -> int:
+def attention_flops(
+    query_shape: Sequence[Any], key_shape: Sequence[Any], pattern: Sequence[Any]
+) -> int:
     """Forward FLOPs; a key mask is not looked at, as it is data."""
-    batch, heads, tokens, head_dim = map(_number, query_shape)
-    columns = [[_number(size) for size in sizes] for sizes in geometry[:4]]
+    batch, heads, queries, head_dim = map(_number, query_shape)
+    ints = [_number(entry) for entry in pattern]
     # A size that is not known is counted as dense, which bounds it.
-    pairs = tokens * tokens
-    if all(isinstance(size, int) for column in columns for size in column):
-        lengths, windows, strides, dilations = columns
-        ends = _number(geometry.prefix), _number(geometry.suffix)
-        axes = (lengths, windows, strides, dilations, geometry.causal)
-        pairs = Neighborhood.of(*axes, *ends).pairs
-    return 4 * batch * heads * pairs * head_dim
+    pairs = heads * queries * _number(key_shape[2])
+    if all(isinstance(entry, int) for entry in ints):
+        pairs = decode(ints).pairs
+    return 4 * batch * pairs * head_dim
 
 
 def _flops(call: ForwardCall | BackwardCall) -> int:
     """Of a call that has shapes in place of its tensors."""
     query_shape: Any = call.inputs.query
-    return attention_flops(query_shape, call.geometry)
+    key_shape: Any = call.inputs.key
+    return attention_flops(query_shape, key_shape, call.pattern)
 
 
 def _number(size: Any) -> Any:

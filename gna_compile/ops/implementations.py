@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from gna_compile import _torch, providers
-from gna_compile.geometry import AttentionPattern
 from gna_compile.ops.checks import (
-    check_geometry_if_known,
     check_layouts,
     check_results,
     check_tangents,
     check_tensors,
     logsumexp_dtype,
-    neighborhood_of,
 )
-from gna_compile.ops.schema import BackwardCall, ForwardCall, Geometry, TangentCall
-from gna_compile.providers import Declined, Forward, Gradients, Inputs, Problem, Provider
+from gna_compile.ops.head_groups import Part, parts_of
+from gna_compile.ops.schema import BackwardCall, ForwardCall, TangentCall
+from gna_compile.providers import Forward, Gradients, Inputs
 from gna_compile.providers.portable.tangents import write_tangents
 
 # Inside a provider there is neither autograd nor autocast: the op is one step for both, and the
@@ -38,56 +36,72 @@ def _without_autocast() -> Any:
 
 def forward(*args: Any) -> Forward:
     call = ForwardCall.of(*args)
-    problem, provider = _resolve(call.inputs, call.geometry, call.provider)
+    parts = _resolve(call.inputs, call.pattern, call.provider)
     results = _empty_results(call.inputs.query, call.output_order)
     if results.output.numel():
         with _torch.AutoDispatchBelowAutograd(), _without_autocast():
-            provider.forward(problem, call.inputs, results)
+            for part in parts:
+                with part.results(results) as own:
+                    part.provider.forward(part.problem, part.inputs(call.inputs), own)
     return results
 
 
 def backward(*args: Any) -> Gradients:
     call = BackwardCall.of(*args)
-    problem, provider = _resolve(call.inputs, call.geometry, call.provider)
+    parts = _resolve(call.inputs, call.pattern, call.provider)
     check_results(call.inputs.query, call.forward, call.given)
     gradients = _empty_gradients(call.inputs)
     if not call.inputs.query.numel():
         # Without query heads there still are key heads, which nothing flows back to.
         return Gradients(gradients.query, gradients.key.zero_(), gradients.value.zero_())
     with _torch.AutoDispatchBelowAutograd(), _without_autocast():
-        provider.backward(problem, call.inputs, call.forward, call.given, gradients)
+        for part in parts:
+            part.provider.backward(
+                part.problem,
+                part.inputs(call.inputs),
+                part.rows(call.forward),
+                part.rows(call.given),
+                part.gradients(gradients),
+            )
     return gradients
 
 
 def tangent(*args: Any) -> Forward:
     call = TangentCall.of(*args)
     # Derivatives of this kind are rare: the provider that runs everywhere is enough.
-    problem, _ = _resolve(call.inputs, call.geometry, "portable")
+    parts = _resolve(call.inputs, call.pattern, "portable")
     check_tangents(call.inputs, call.moving, call.logsumexp)
     tangents = _empty_results(call.inputs.query, call.output_order)
     if tangents.output.numel():
         with _torch.AutoDispatchBelowAutograd(), _without_autocast():
-            write_tangents(problem, call.inputs, call.moving, call.logsumexp, tangents)
+            for part in parts:
+                with part.results(tangents) as own:
+                    write_tangents(
+                        part.problem,
+                        part.inputs(call.inputs),
+                        part.inputs(call.moving),
+                        part.heads(call.logsumexp),
+                        own,
+                    )
     return tangents
 
 
 def forward_fake(*args: Any) -> Forward:
     call = ForwardCall.of(*args)
-    check_tensors(call.inputs, call.geometry)
-    check_geometry_if_known(call.inputs.query, call.geometry)
+    check_tensors(call.inputs, call.pattern)
     return _empty_results(call.inputs.query, call.output_order)
 
 
 def backward_fake(*args: Any) -> Gradients:
     call = BackwardCall.of(*args)
-    check_tensors(call.inputs, call.geometry)
+    check_tensors(call.inputs, call.pattern)
     check_results(call.inputs.query, call.forward, call.given)
     return _empty_gradients(call.inputs)
 
 
 def tangent_fake(*args: Any) -> Forward:
     call = TangentCall.of(*args)
-    check_tensors(call.inputs, call.geometry)
+    check_tensors(call.inputs, call.pattern)
     check_tangents(call.inputs, call.moving, call.logsumexp)
     return _empty_results(call.inputs.query, call.output_order)
 
@@ -111,19 +125,17 @@ def _empty_gradients(inputs: Inputs) -> Gradients:
 
 # Who runs a problem ------------------------------------------------------------------------------
 
-_resolved: dict[tuple[Any, ...], tuple[Problem, Provider]] = {}
+_resolved: dict[tuple[Any, ...], tuple[Part, ...]] = {}
 _MAX_RESOLVED = 4096
 
 
-def _resolve(inputs: Inputs, geometry: Geometry, provider: str) -> tuple[Problem, Provider]:
-    """The problem and who runs it; checked once, then remembered for these shapes and strides."""
+def _resolve(inputs: Inputs, pattern: Sequence[int], provider: str) -> tuple[Part, ...]:
+    """Who runs which heads; checked once, then remembered for these shapes and strides."""
     query, key, value, key_mask, _ = inputs
-    grid, window, stride, dilation, causal, prefix, suffix = geometry
     check_layouts(inputs)
     facts = (
-        (*grid, *window, *stride, *dilation, *causal, prefix, suffix),
-        # Entries of different lengths must not run together to the same facts.
-        (len(grid), len(window), len(stride), len(dilation), provider),
+        (*pattern,),
+        provider,
         (query.device, query.dtype, query.shape, query.stride()),
         (key.device, key.dtype, key.shape, key.stride()),
         (value.device, value.dtype, value.shape, value.stride()),
@@ -134,31 +146,8 @@ def _resolve(inputs: Inputs, geometry: Geometry, provider: str) -> tuple[Problem
     )
     known = _resolved.get(facts)
     if known is None:
-        check_tensors(inputs, geometry)
+        check_tensors(inputs, pattern)
         if len(_resolved) >= _MAX_RESOLVED:
             _resolved.clear()
-        known = _resolved[facts] = _choose(inputs, geometry, provider)
+        known = _resolved[facts] = parts_of(inputs, pattern, provider)
     return known
-
-
-def _choose(inputs: Inputs, geometry: Geometry, provider: str) -> tuple[Problem, Provider]:
-    query, key, value, key_mask, _ = inputs
-    batch, heads, tokens, head_dim = query.shape
-    problem = Problem(
-        device=query.device.type,
-        dtype=query.dtype,
-        batch=batch,
-        heads=heads,
-        kv_heads=key.shape[1],
-        head_dim=head_dim,
-        pattern=AttentionPattern.of_neighborhood(neighborhood_of(geometry, tokens), heads),
-        has_key_mask=key_mask is not None,
-        query_strides=query.stride(),
-        key_strides=key.stride(),
-        value_strides=value.stride(),
-    )
-    chosen = providers.choose(problem, name=provider)
-    if isinstance(chosen, Declined):
-        who = f"provider {provider!r} cannot" if provider else "no provider can"
-        raise RuntimeError(f"{who} run this attention ({chosen}); {problem}")
-    return problem, chosen

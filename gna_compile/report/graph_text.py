@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
+
+from gna_compile.geometry import text_of_list
+
+_PATTERN = 3
+"""Where the op has its pattern: after query, key and value."""
 
 
 def graph_text(gm: fx.GraphModule) -> str:
@@ -40,12 +45,18 @@ def _lines(gm: fx.GraphModule, indent: str) -> list[str]:
 
 def _call(node: fx.Node) -> str:
     args = [_argument(a) for a in node.args]
+    if str(node.target).startswith("gna.attention."):
+        args[_PATTERN] = f"[{text_of_list([*map(_plain, cast(list[Any], node.args[_PATTERN]))])}]"
     args += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
     if node.op == "call_method":
         return f"{args[0]}.{node.target}({', '.join(args[1:])})"
     target = node.target
     name = str(target) if hasattr(target, "overloadpacket") else None
     return f"{name or getattr(target, '__name__', target)}({', '.join(args)})"
+
+
+def _plain(entry: Any) -> Any:
+    return entry.name if isinstance(entry, fx.Node) else entry
 
 
 def _argument(value: Any) -> str:

@@ -165,7 +165,7 @@ def strip_paths(code: str) -> list[str]:
 def test_dense_sites_beside_rewritten_ones_stay_as_they_were() -> None:
     model, x = Net(), image()
     diff = gna_compile.graph_diff(model, x, policy=policy({"layers": "blocks.0", "window": 3}))
-    assert diff.count("-") and diff.count("gna.attention.v1") == 1
+    assert diff.count("-") and diff.count("gna.attention.v2") == 1
     removed = [line for line in diff.splitlines() if line.startswith("-")]
     assert sum("= scaled_dot_product_attention(" in line for line in removed) == 1
 

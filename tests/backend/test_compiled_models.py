@@ -162,5 +162,5 @@ def test_one_graph_serves_the_resolutions_that_it_serves_dense(
 def test_graph_diff(name: str) -> None:
     built = build(name)
     diff = gna_compile.graph_diff(built.model, policy=POLICY, **built.inputs)
-    assert "gna.attention.v1" in diff
+    assert "gna.attention.v2" in diff
     golden(f"{name}.diff", diff + "\n")

@@ -224,6 +224,47 @@ def test_dimensions_that_are_no_axes(step: Step, inputs: list[Tensor]) -> None:
     assert row.reason == "layout-unknown", row.layout
 
 
+def turned(m: Any, x: Tensor) -> Tensor:
+    """Attention over 144 tokens whose queries and keys are turned by their places in a 12 x 12 grid."""
+    rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
+    angles = torch.cat(
+        [rows.flatten()[:, None].expand(-1, 4), columns.flatten()[:, None].expand(-1, 4)], -1
+    )
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+
+    def turn(t: Tensor) -> Tensor:
+        first, second = t.chunk(2, -1)
+        return t * cos + torch.cat([-second, first], -1) * sin
+
+    query, key, value = m.qkv(x).chunk(3, -1)
+    return F.scaled_dot_product_attention(turn(query)[:, None], turn(key)[:, None], value[:, None])
+
+
+def strips(m: Any, x: Tensor) -> Tensor:
+    return turned(m, m.strip(m.patch(x).permute(0, 2, 3, 1).flatten(2)))
+
+
+def pooled_rows(m: Any, x: Tensor) -> Tensor:
+    return turned(m, m.strip(x.permute(0, 2, 3, 1).flatten(2).repeat(1, 1, 6)[..., : 4 * C]))
+
+
+@pytest.mark.parametrize(
+    ("step", "given", "expected"),
+    [
+        (turned, torch.randn(1, 144, C), "12x12"),
+        (strips, torch.randn(1, 3, 144, 4), "layout-unknown"),
+        (pooled_rows, torch.randn(1, 3, 144, 4), "layout-unknown"),
+    ],
+)
+def test_positions_do_not_split_an_axis_of_an_image(
+    step: Step, given: Tensor, expected: str
+) -> None:
+    model = Model(step)
+    model.strip = nn.Linear(4 * C, C)
+    (row,) = explained(model, given)
+    assert (row.reason or row.layout) == expected
+
+
 def flat_frames(x: Tensor) -> Tensor:
     return x.flatten(3)
 

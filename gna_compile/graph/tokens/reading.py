@@ -231,6 +231,9 @@ def _run(
     if doubt:
         return replace(run, grid=None, doubt=doubt), None
     if run.grid is None and len(run.axes) == 1:
+        if v[best.source].mixed:
+            doubt = f"the tokens lie along one axis of `{best.source.name}` and mix another"
+            return replace(run, doubt=doubt), None
         # What was added to the tokens tells them apart; what turns queries and keys alone, where
         # they are.
         turning = [

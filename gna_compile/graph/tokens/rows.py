@@ -29,6 +29,8 @@ class Lines:
     axes: tuple[tuple[Cells, ...], ...]
     columns: frozenset[int] | None = None
     """Which columns of position ids are there; None for all of them."""
+    mixed: frozenset[int] = frozenset()
+    """The axes along which cells were mixed, channels and batch left out."""
 
     def varies(self) -> bool:
         """Whether the source tells tokens of one row apart."""
@@ -51,6 +53,15 @@ def heads_are_rows(tokens: Tokens) -> bool:
         for source, axes in tokens.cells.items()
         for i, array in enumerate(axes)
     )
+
+
+def _mixed(source: Source, axes: Sequence[Cells | None]) -> frozenset[int]:
+    rank = len(source.extents)
+    channels = source.channels
+    if channels is None:
+        channels = 1 if source.is_image else rank - 1
+    lost = {i for i, array in enumerate(axes) if array is None and source.extents[i] > 1}
+    return frozenset(lost - {0, channels})
 
 
 def _columns(array: Cells | None) -> frozenset[int] | None:
@@ -85,6 +96,7 @@ def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
                 for i, array in enumerate(axes)
             ),
             None if source.values is None else _columns(axes[-1]),
+            _mixed(source, axes),
         )
         if any(lines.axes):
             found[source] = lines

@@ -20,15 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gna_compile import providers
-from gna_compile.geometry import Neighborhood
+from gna_compile.geometry import Neighborhood, write_grid
 from gna_compile.ops import derivatives, neighborhood_attention, schema
 from gna_compile.ops.flops import attention_flops
-from gna_compile.ops.schema import Geometry
 from gna_compile.providers import Forecast, Problem
 
 SDPA: Any = torch.nn.functional.scaled_dot_product_attention
-FORWARD, BACKWARD = torch.ops.gna.attention.v1, torch.ops.gna.attention_backward.v1
-TANGENT = torch.ops.gna.attention_tangent.v1
+FORWARD, BACKWARD = torch.ops.gna.attention.v2, torch.ops.gna.attention_backward.v2
+TANGENT = torch.ops.gna.attention_tangent.v2
 
 PLAIN: dict[str, Any] = {
     "grid": (4, 3),
@@ -54,20 +53,24 @@ def tensors(kind: str, heads: int = 4, kv_heads: int = 2, tokens: int = 12) -> l
     return [one(heads), one(kv_heads), one(kv_heads)]
 
 
-def arguments(geometry: dict[str, Any], key_mask: Tensor | None = None) -> list[Any]:
-    """Everything after query, key and value, up to the scale."""
+def pattern(geometry: dict[str, Any], heads: Any = 4) -> list[Any]:
+    """The pattern of one grid, as the op takes it."""
     rank = len(geometry["grid"])
-    return [
-        list(geometry["grid"]),
-        list(geometry["window"]),
-        list(geometry.get("stride", [1] * rank)),
-        list(geometry.get("dilation", [1] * rank)),
-        list(geometry.get("causal", [False] * rank)),
+    return write_grid(
+        geometry["grid"],
+        geometry["window"],
+        geometry.get("stride", [1] * rank),
+        geometry.get("dilation", [1] * rank),
+        geometry.get("causal", [False] * rank),
         geometry.get("prefix", 0),
         geometry.get("suffix", 0),
-        key_mask,
-        0.3,
-    ]
+        heads,
+    )
+
+
+def arguments(geometry: dict[str, Any], key_mask: Tensor | None = None) -> list[Any]:
+    """Everything after query, key and value, up to the scale."""
+    return [pattern(geometry), key_mask, 0.3]
 
 
 def attend(*inputs: Tensor, **options: Any) -> Tensor:
@@ -83,7 +86,7 @@ def test_the_version_stands_for_schema_and_autograd_formula() -> None:
     """Compiled graphs are cached by the op's name, with the backward that it had at the time.
 
     If this fails, the schema or the autograd formula changed. Then bump the overload's version
-    (v1 -> v2, in both schemas and wherever the op is called) before updating the digest, or stale
+    (v2 -> v3, in both schemas and wherever the op is called) before updating the digest, or stale
     caches pair the old backward with the new forward. Only a change of comments or names may keep
     the version.
     """
@@ -96,7 +99,7 @@ def test_the_version_stands_for_schema_and_autograd_formula() -> None:
         ]
     )
     digest = hashlib.sha256(source.encode()).hexdigest()
-    assert (FORWARD._overloadname, digest[:16]) == ("v1", "7594f0ec4e0d1568")
+    assert (FORWARD._overloadname, digest[:16]) == ("v2", "5d01aeb5bbeffc65")
 
 
 def test_schema() -> None:
@@ -564,9 +567,7 @@ def test_a_wrong_grid_is_found_while_compiling() -> None:
     torch._dynamo.reset()
     wrong = PLAIN | {"grid": (4, 4)}
     compiled = torch.compile(lambda *x: attend(*x, **wrong), backend="eager", fullgraph=True)
-    with pytest.raises(
-        Exception, match=re.escape("query has 12 tokens, but prefix 0 + grid (4, 4)")
-    ):
+    with pytest.raises(Exception, match=re.escape("query has 12 tokens, but 4x4 makes 16")):
         compiled(*tensors("BHSD"))
 
 
@@ -609,9 +610,7 @@ def test_full_windows_cost_what_pytorch_counts_for_attention() -> None:
 
 def test_flops_of_known_sizes_only_need_hints() -> None:
     expected = 4 * 2 * 4 * 8 * Neighborhood.of((4, 3), (2, 3), (1, 2), None, (False, True)).pairs
-    actual = attention_flops(
-        (2, 4, 12, 8), Geometry([4, 3], [2, 3], [1, 2], [1, 1], [False, True], 0, 0)
-    )
+    actual = attention_flops((2, 4, 12, 8), (2, 2, 12, 8), pattern(PLAIN))
     assert actual == expected
 
 
@@ -682,7 +681,7 @@ ERRORS = [
     ),
     (broken(value=torch.randn(2, 2, 12, 16)), ValueError, "it must be (2, 2, 12, 8)"),
     (broken(key=torch.randn(1, 2, 12, 8)), ValueError, "it must be (2, 2, 12, 8)"),
-    (broken(key=torch.randn(2, 2, 13, 8)), ValueError, "it must be (2, 2, 12, 8)"),
+    (broken(key=torch.randn(2, 2, 13, 8)), ValueError, "key has 13 tokens, but 4x3 makes 12"),
     (
         broken(**{name: torch.randn(2, 2, 12, 0) for name in ("query", "key", "value")}, scale=1.0),
         ValueError,
@@ -698,7 +697,7 @@ ERRORS = [
     (
         broken(grid=(3, 3)),
         ValueError,
-        "query has 12 tokens, but prefix 0 + grid (3, 3) + suffix 0 makes 9",
+        "query has 12 tokens, but 3x3 makes 9; pass the grid that the tokens lie on",
     ),
     (broken(window=(2, 4)), ValueError, "axis 1 of grid (4, 3): window 4 is larger"),
     (broken(window=(2,)), ValueError, "window has 1 entries for a grid of 2 axes (4, 3)"),
@@ -707,7 +706,7 @@ ERRORS = [
     (
         broken(key_mask=torch.ones(2, 12, dtype=torch.bool)),
         ValueError,
-        "key_mask has shape (2, 12); it must be [batch, prefix + suffix] = [2, 0]",
+        "key_mask has shape (2, 12); it must be [batch, global keys] = [2, 0]",
     ),
     (
         broken(key_mask=torch.ones(2, 0)),
