@@ -33,6 +33,7 @@ FEATURES = {
     "rewriting": "every graph stays dense",
     "op": "every graph stays dense, and neighborhood_attention raises",
     "symbolic sizes": "graphs with symbolic sizes stay dense",
+    "torch.func": "attention under torch.func's vmap, grad and jvp stays dense",
     "prepare": "what gna_compile.prepare says of a model is not read",
     "memory": "any two tensors are taken to share memory",
     "verify_masks": "attention with a mask stays dense under the option verify_masks",
@@ -107,6 +108,7 @@ def _has_raw_stream() -> bool:
 
 _TRACED = "torch._dynamo.symbolic_convert"
 _OUTPUT = "torch._dynamo.output_graph"
+_FUNCTORCH = "torch._C._functorch"
 _ALL = "2.11 to 2.15"
 
 # One line a name: feature, where, what for, versions read at.
@@ -147,6 +149,26 @@ NAMES: dict[str, Name] = {
     "symbol_is_type": Name("symbolic sizes", "torch.utils._sympy.symbol:symbol_is_type", "which symbols stand for floats", _ALL),
     "sympy_interp": Name("symbolic sizes", "torch.utils._sympy.interp:sympy_interp", "nodes that compute a size", _ALL),
     "ReferenceAnalysis": Name("symbolic sizes", "torch.utils._sympy.reference:OptimizedPythonReferenceAnalysis", "nodes that compute a size", _ALL),
+    # Graphs with torch.func: calls that Dynamo writes, known by their names, and what tensors wrap
+    "enter_vmap": Name("torch.func", f"{_FUNCTORCH}:_vmap_increment_nesting", "where vmap begins", _ALL),
+    "leave_vmap": Name("torch.func", f"{_FUNCTORCH}:_vmap_decrement_nesting", "where it ends", _ALL),
+    "enter_grad": Name("torch.func", f"{_FUNCTORCH}:_grad_increment_nesting", "where grad or vjp begins", _ALL),
+    "leave_grad": Name("torch.func", f"{_FUNCTORCH}:_grad_decrement_nesting", "where it ends", _ALL),
+    "enter_jvp": Name("torch.func", f"{_FUNCTORCH}:_jvp_increment_nesting", "where jvp begins", _ALL),
+    "leave_jvp": Name("torch.func", f"{_FUNCTORCH}:_jvp_decrement_nesting", "where it ends", _ALL),
+    "add_batch_dim": Name("torch.func", f"{_FUNCTORCH}:_add_batch_dim", "a dimension that vmap hides", _ALL),
+    "remove_batch_dim": Name("torch.func", f"{_FUNCTORCH}:_remove_batch_dim", "and shows again", _ALL),
+    "wrap_for_grad": Name("torch.func", f"{_FUNCTORCH}:_wrap_for_grad", "a tensor inside grad", _ALL),
+    "unwrap_for_grad": Name("torch.func", f"{_FUNCTORCH}:_unwrap_for_grad", "and outside of it", _ALL),
+    "set_tensor_requires_grad": Name("torch.func", "torch._functorch.eager_transforms:_set_tensor_requires_grad", "what grad differentiates by", _ALL),
+    "autograd_grad": Name("torch.func", "torch._functorch.eager_transforms:_autograd_grad", "the gradients", _ALL),
+    "make_dual": Name("torch.func", "torch:_make_dual", "a tensor with its tangent", _ALL),
+    "unpack_dual": Name("torch.func", "torch:_unpack_dual", "and both of them again", _ALL),
+    "is_wrapped": Name("torch.func", f"{_FUNCTORCH}:is_functorch_wrapped_tensor", "tells tensors inside a transform", _ALL),
+    "unwrapped": Name("torch.func", f"{_FUNCTORCH}:get_unwrapped", "the tensor that one wraps", _ALL),
+    "is_batched": Name("torch.func", f"{_FUNCTORCH}:is_batchedtensor", "whether vmap wraps it", _ALL),
+    "batch_level": Name("torch.func", f"{_FUNCTORCH}:maybe_get_level", "which vmap", _ALL),
+    "batch_dim": Name("torch.func", f"{_FUNCTORCH}:maybe_get_bdim", "the dimension that it hides", _ALL),
     # The frame that Dynamo traces
     "InstructionTranslator": Name("prepare", f"{_TRACED}:InstructionTranslator", "the frame being compiled", _ALL),
     "current_tx": Name("prepare", f"{_TRACED}:InstructionTranslator.current_tx", "the frame being compiled", _ALL),
@@ -357,7 +379,22 @@ def storage_key(tensor: torch.Tensor) -> Any:
         NotImplementedError, RuntimeError: if that cannot be told.
     """
     require("memory")
+    if not why_not("torch.func"):
+        tensor = innermost(tensor)
     return tensor.untyped_storage()._cdata
+
+
+def called(name: str) -> str:
+    """What the function of an entry is called in Dynamo's graphs, whichever module wraps it."""
+    return re.split(r"[.:]", NAMES[name].where)[-1]
+
+
+def innermost(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that lies inside the wrappers of `torch.func`, if it has any."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _attribute(owner: Any, attribute: str, name: str) -> Any:

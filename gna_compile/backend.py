@@ -279,12 +279,21 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
 
 def _as_torch_allows(site: Site, gm: fx.GraphModule, options: Options) -> Site:
     """The site; with an obstacle where this torch lacks what rewriting it takes."""
+    from gna_compile.graph.functorch import is_sample
+
     why = _torch.why_not("op")
     if why is None and not is_static(gm):
         why = _torch.why_not("symbolic sizes")
     if why is None and options.verify_masks and site.mask is not None:
         why = _torch.why_not("verify_masks")
-    if why is None or site.obstacle is not None:
+    if site.obstacle is not None:
+        return site
+    if why is None and options.verify_masks and site.mask is not None:
+        mask = site.mask.meta["example_value"]
+        if is_sample(mask):
+            why_not = "the assertion of the option verify_masks does not run inside vmap"
+            return replace(site, obstacle=Decline(Reason.MASK, why_not))
+    if why is None:
         return site
     return replace(site, obstacle=Decline(Reason.TORCH, why))
 

@@ -17,6 +17,7 @@ from gna_compile import _torch
 from gna_compile.decision import Decision
 from gna_compile.geometry import AttentionPattern, GeometryError, Neighborhood
 from gna_compile.graph.dynamo_frame import is_resumed, position_ids_outside
+from gna_compile.graph.functorch import stand_in
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, enters, hint
 from gna_compile.graph.tokens.declared import resolve
@@ -322,7 +323,7 @@ def _provider(problem: Problem, policy: Policy) -> Provider:
 
 
 def _strides(node: torch.fx.Node, transposed: bool = False) -> tuple[int, ...]:
-    tensor = node.meta["example_value"]
+    tensor = stand_in(node.meta["example_value"])
     if transposed:
         tensor = tensor.transpose(-1, -2)
     if tensor.ndim > 4:  # the rewrite makes all dimensions before the heads one batch

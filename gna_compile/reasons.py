@@ -46,6 +46,10 @@ class Reason(str, Enum):
         "how the tokens lie on a grid is not visible in the graph and the policy does not say",
     )
     LAYOUT_MISMATCH = "layout-mismatch", "the declared layout does not fit the tokens"
+    SECOND_DERIVATIVE = (
+        "second-derivative",
+        "the attention may be differentiated twice, which the op cannot be",
+    )
     SHARED = (
         "shared-subgraph",
         "several layers share the subgraph, and the policy does not treat them alike",

@@ -19,6 +19,7 @@ from torch import fx
 
 from gna_compile import _torch
 from gna_compile.geometry import write_grid
+from gna_compile.graph.functorch import plain, stand_in
 from gna_compile.graph.mutation import written_by
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import entry_of, hint
@@ -224,10 +225,12 @@ def evaluate(node: fx.Node, like: torch.Tensor) -> Any:
     """The example value of a new node, from those of its inputs, in the fake mode of `like`."""
 
     def value(argument: Any) -> Any:
-        return argument.meta["example_value"] if isinstance(argument, fx.Node) else argument
+        if isinstance(argument, fx.Node):
+            argument = argument.meta["example_value"]
+        return stand_in(argument) if isinstance(argument, torch.Tensor) else argument
 
     args = fx.node.map_arg(node.args, value)
-    with _torch.fake_mode(like), torch.no_grad():
+    with _torch.fake_mode(plain(like)), torch.no_grad():
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:])
         return node.target(*args)  # type: ignore[operator]

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from gna_compile import _torch
+from gna_compile.graph.functorch import samples_as_batch
 from gna_compile.graph.mutation import shares_memory, written_by
 from gna_compile.graph.rewrite import SizeNodes, copy_with_sites, erase_unused, memory_order
 from gna_compile.graph.sites.find import Site
@@ -125,6 +127,7 @@ def observe(
     seen = getattr(_thread, "seen", None)
     if seen is None:
         return
+    query, key, value = samples_as_batch((query, key, value))
     if key_transposed:
         key = key.transpose(-1, -2)
     rows = (_rows(query, 0), _rows(key, 1), _rows(value, 2))
@@ -187,8 +190,9 @@ def _rows(operand: Tensor, place: int) -> Tensor:
         operand = operand.unsqueeze(1)
     operand = operand.flatten(0, -4)
     heads, size = operand.shape[1], operand.shape[-1]
-    generator = torch.Generator().manual_seed(place)
-    weights = torch.randn(heads, size, _COMPONENTS, generator=generator).to(operand.device)
+    # Not of PyTorch: inside `vmap` it may forbid random numbers.
+    numbers = np.random.default_rng(place).standard_normal((heads, size, _COMPONENTS))
+    weights = torch.from_numpy(numbers).float().to(operand.device)
     with torch.autocast(operand.device.type, enabled=False):
         total = operand[:, 0].float() @ weights[0]
         for head in range(1, heads):

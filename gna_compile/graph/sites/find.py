@@ -16,17 +16,17 @@ import torch
 from torch import fx
 
 from gna_compile import _torch
+from gna_compile.graph.functorch import Levels, may_be_trained
 from gna_compile.graph.mutation import reshaped_in_place, shares_memory
 from gna_compile.graph.nodes import argument_of, operator_name, tensor_of
 from gna_compile.graph.sites.module_names import ModuleRef, modules_of, rebase
+from gna_compile.graph.sites.unfit import unfit, unfit_mask, unfit_scale
 from gna_compile.graph.sites.unfused import Match, match
-from gna_compile.graph.symbols import Size, holds, is_known, is_unbacked, number, same_shape
+from gna_compile.graph.symbols import Size, number
 from gna_compile.reasons import Decline, Reason
 
 __all__ = ["ModuleRef", "Site", "describe", "find_sites"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LEAST_HEAD_SIZE, _LARGEST_HEAD_SIZE = 8, 256
 _OPAQUE = {
     "multi_head_attention_forward": "nn.MultiheadAttention is one operator in the graph",
     "_native_multi_head_attention": "nn.MultiheadAttention is one operator in the graph",
@@ -97,9 +97,16 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     Adds guards only where a site's own nature depends on a symbol: a symbolic head_dim is held to
     the sizes that the op takes, and a symbolic float scale or dropout probability to its value.
     """
-    search = _Search()
+    search = _Search(may_be_trained(gm))
     search.visit(gm, (), (), None)
-    return [replace(site, other_calls=tuple(calls)) for site, calls in search.calls.items()]
+    return [
+        replace(
+            site,
+            other_calls=tuple(calls),
+            obstacle=site.obstacle or search.obstacles.get(site),
+        )
+        for site, calls in search.calls.items()
+    ]
 
 
 def describe(site: Site) -> str:
@@ -130,7 +137,10 @@ def describe(site: Site) -> str:
 class _Search:
     """Walks a graph and its subgraphs, once for every chain of calls that leads to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_trained: bool) -> None:
+        self._is_trained = is_trained
+        # Of subgraphs that are called a second time.
+        self.obstacles: dict[Site, Decline] = {}
         # Each site with the modules around every call but the first, in graph order.
         self.calls: dict[Site, list[tuple[ModuleRef, ...]]] = {}
         self._sites: dict[fx.GraphModule, list[Site]] = {}
@@ -152,11 +162,15 @@ class _Search:
             modules = rebase(known.modules, traced, caller)
             if modules != known.modules and modules not in self.calls[known]:
                 self.calls[known].append(modules)
+            if obstacle is not None:
+                self.obstacles.setdefault(known, obstacle)
         first_visit = gm not in self._sites
         sites = self._sites.setdefault(gm, [])
         reshaped = reshaped_in_place(gm.graph) if first_visit else []
         matches: dict[fx.Node, Match] = {}
+        levels = Levels()
         for node in gm.graph.nodes:
+            levels.visit(node)
             name = operator_name(node)
             for body in _bodies(gm, node):
                 around = modules_of(node) or traced
@@ -165,7 +179,7 @@ class _Search:
                     body,
                     self._traced[body],
                     rebase(around, traced, caller),
-                    obstacle or _body_obstacle(node),
+                    obstacle or _body_obstacle(node, levels),
                 )
             if not first_visit:
                 continue
@@ -187,7 +201,10 @@ class _Search:
                 site,
                 modules=modules,
                 layer=modules[-1].name if modules else "",
-                obstacle=obstacle or site.obstacle or _reshaped(site, matches.get(node), reshaped),
+                obstacle=obstacle
+                or site.obstacle
+                or _reshaped(site, matches.get(node), reshaped)
+                or levels.obstacle(_tensors_of(site), self._is_trained),
             )
             sites.append(site)
             self.calls[site] = []
@@ -209,13 +226,21 @@ def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     return bodies
 
 
-def _body_obstacle(node: fx.Node) -> Decline | None:
+def _tensors_of(site: Site) -> list[torch.Tensor]:
+    nodes = (site.query, site.key, site.value, site.mask, site.node)
+    return [tensor for node in nodes if (tensor := tensor_of(node)) is not None]
+
+
+def _body_obstacle(node: fx.Node, levels: Levels) -> Decline | None:
     """Why nothing in a higher-order operator's subgraphs may be rewritten, or None."""
     name = getattr(node.target, "__name__", "")
     if name in ("autograd_function_apply", "custom_function_call"):
         return Decline(
             Reason.OPAQUE, "inside a torch.autograd.Function, which has a backward of its own"
         )
+    if levels.kinds:
+        around = " of ".join(levels.kinds)
+        return Decline(Reason.OPAQUE, f"in a subgraph ({name}) that is called inside {around}")
     return None
 
 
@@ -374,9 +399,9 @@ def _site(
         dtype=out.dtype,
         device=out.device,
         obstacle=obstacle
-        or _unfit(out, (query, key, value), form, key_transposed, grouped)
-        or _unfit_mask(mask, query)
-        or _unfit_scale(scale),
+        or unfit(out, (query, key, value), form, key_transposed, grouped)
+        or unfit_mask(mask, query)
+        or unfit_scale(scale),
     )
 
 
@@ -389,66 +414,6 @@ def _heads(tensor: torch.Tensor) -> Size:
     return tensor.shape[-3] if tensor.dim() >= 4 else 1
 
 
-# --- obstacles -----------------------------------------------------------------------------------
-
-
-def _unfit(
-    out: torch.Tensor,
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    form: str,
-    key_transposed: bool,
-    grouped: bool,
-) -> Decline | None:
-    """Why the op does not take operands of these kinds, sizes and dtypes, or None."""
-    query, value = operands[0], operands[2]
-    for tensor in (out, *operands):
-        if not isinstance(tensor, _torch.FakeTensor) or tensor.layout != torch.strided:
-            return Decline(
-                Reason.SHAPE, "not plain tensors (a tensor subclass, vmap or torch.func.grad)"
-            )
-        if is_unbacked(tensor):
-            return Decline(Reason.UNBACKED, f"a size of {_sizes(tensor)} depends on data")
-    shapes = ", ".join(_sizes(tensor) for tensor in operands)
-    rank = query.dim()
-    if rank < 3 or any(tensor.dim() != rank for tensor in (out, *operands)):
-        return Decline(
-            Reason.SHAPE, f"operands of {shapes} do not have three or more dimensions each"
-        )
-    key_shape = list(operands[1].shape)
-    if key_transposed:
-        key_shape[-2:] = key_shape[:-3:-1]
-    leading = max(rank - 3, 1)
-    if any(not same_shape(o[:leading], query.shape[:leading]) for o in (key_shape, value.shape)):
-        return Decline(Reason.SHAPE, f"the batch size differs between operands of {shapes}")
-    if rank >= 4:
-        heads, kv_heads = query.shape[-3], key_shape[-3]
-        if not is_known(value.shape[-3] == kv_heads):
-            return Decline(Reason.SHAPE, f"keys and values have different heads in {shapes}")
-        if not is_known(heads == kv_heads) and not (
-            grouped and holds(kv_heads > 0) and holds(heads % kv_heads == 0)
-        ):
-            return Decline(
-                Reason.SHAPE, f"the heads of keys do not serve those of queries in {shapes}"
-            )
-    head_dim = query.shape[-1]
-    if not is_known(key_shape[-1] == head_dim) or not is_known(value.shape[-1] == head_dim):
-        return Decline(Reason.HEAD_SIZE, f"head_dim differs between operands of {shapes}")
-    if not holds(head_dim >= _LEAST_HEAD_SIZE) or not holds(head_dim <= _LARGEST_HEAD_SIZE):
-        return Decline(
-            Reason.HEAD_SIZE,
-            f"head_dim {head_dim} is not between {_LEAST_HEAD_SIZE} and {_LARGEST_HEAD_SIZE}",
-        )
-    if not same_shape(out.shape, query.shape):
-        return Decline(
-            Reason.SHAPE, f"the output {_sizes(out)} is not shaped as the query of {shapes}"
-        )
-    if any(is_known(size == 0) for tensor in operands for size in tensor.shape):
-        return Decline(Reason.SHAPE, f"operands of {shapes} are empty")
-    if any(tensor.device != out.device for tensor in operands):
-        return Decline(Reason.SHAPE, "operands and output are on different devices")
-    return _unfit_dtype(out, operands, form)
-
-
 def _reshaped(site: Site, found: Match | None, reshaped: list[fx.Node]) -> Decline | None:
     """Refuses what gets another shape in place: only its last shape is recorded."""
     steps = found.steps if found is not None else ()
@@ -457,37 +422,3 @@ def _reshaped(site: Site, found: Match | None, reshaped: list[fx.Node]) -> Decli
         if any(tensor is not None and shares_memory(node, tensor) for tensor in tensors):
             return Decline(Reason.SHAPE, f"{node.name} gets another shape in place")
     return None
-
-
-def _unfit_dtype(
-    out: torch.Tensor, operands: tuple[torch.Tensor, ...], form: str
-) -> Decline | None:
-    dtypes = {tensor.dtype for tensor in operands}
-    names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in operands)
-    if out.dtype not in _DTYPES or any(not dtype.is_floating_point for dtype in dtypes):
-        return Decline(Reason.DTYPE, f"operands of {names}, output {out.dtype}")
-    if torch.float64 in dtypes:
-        return Decline(Reason.DTYPE, f"operands of {names}")
-    # A fused node takes one dtype only, or any under autocast, which gives its output a half type.
-    if form == "sdpa" and dtypes != {out.dtype} and out.dtype == torch.float32:
-        return Decline(Reason.DTYPE, f"operands of {names} for an output of {out.dtype}")
-    return None
-
-
-def _unfit_mask(mask: fx.Node | None, query: torch.Tensor) -> Decline | None:
-    """Refuses masks that broadcast over more batch dimensions than the op has."""
-    if mask is None or query.dim() <= 4:
-        return None
-    return Decline(
-        Reason.MASK, f"queries of {_sizes(query)} have a mask, for which one batch is needed"
-    )
-
-
-def _unfit_scale(scale: float | None) -> Decline | None:
-    if scale is None or (math.isfinite(scale) and scale > 0):
-        return None
-    return Decline(Reason.SHAPE, f"the scale {scale:g} is not positive and finite")
-
-
-def _sizes(tensor: torch.Tensor) -> str:
-    return "×".join(str(size) for size in tensor.shape)

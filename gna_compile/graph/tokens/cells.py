@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from math import prod
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ NONE = np.int32(-(2**30))
 UNKNOWN = np.int32(NONE - 1)
 """Something of the source, but not known which cell, or a mixture of cells."""
 
-_MOST_ELEMENTS = 2**26
+MOST_ELEMENTS = 2**26
 _MOST_OF_MIXTURES = 2**20
 
 
@@ -52,6 +53,8 @@ class Source:
         is_mixed: a product with weights ran along an axis that holds no channels by convention.
         splits: for an axis, sizes into which it was split and that were then used as axes.
         node, values: of position ids, the graph's input and its values.
+        part_of: the source of which this one is one sample's part, under `vmap`.
+        serial: sources that were made later have larger ones.
     """
 
     name: str
@@ -65,10 +68,17 @@ class Source:
     splits: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
     node: fx.Node | None = None
     values: Any = None
+    part_of: Source | None = None
+    serial: int = field(default_factory=count().__next__, init=False)
 
     @property
     def all_roots(self) -> frozenset[Source]:
-        return frozenset({self}) if self.kind == "input" else self.roots
+        return frozenset({self}) if self.kind == "input" and not self.roots else self.roots
+
+    @property
+    def whole(self) -> Source:
+        """The source that this one is a part of, itself if of none."""
+        return self if self.part_of is None else self.part_of.whole
 
 
 Coordinates = tuple[Cells | None, ...]
@@ -206,7 +216,7 @@ def reshaped(array: Cells, shape: tuple[int, ...], new: tuple[int, ...]) -> Cell
         if varies and len(outs) > 1:
             touched.extend(outs)
         result.extend(new[j] if varies else 1 for j in outs)
-    if prod(target) > _MOST_ELEMENTS or is_unknown(array):
+    if prod(target) > MOST_ELEMENTS or is_unknown(array):
         return unknown(result)
     array = np.broadcast_to(array, target).reshape(result)
     for j in touched:
@@ -296,7 +306,7 @@ def _joined(
         return first
     wide = [np.full((1,) * rank, NONE) if array is None else array for array in arrays]
     common = list(np.broadcast_shapes(*(_without(array.shape, dim) for array in wide)))
-    if prod(common) * sum(lengths) > _MOST_ELEMENTS:
+    if prod(common) * sum(lengths) > MOST_ELEMENTS:
         return unknown([sum(lengths) if d == dim else n for d, n in enumerate(common)])
     parts = []
     for array, length in zip(wide, lengths, strict=True):

@@ -16,6 +16,18 @@ OVERLAPPING = frozenset(
     {*("expand", "expand_as", "broadcast_to", "broadcast_tensors", "unfold", "as_strided")}
 )
 
+# Views that can be looked at anew once what they are of has changed.
+VIEWS = frozenset(
+    {
+        *("view", "reshape", "flatten", "ravel", "unflatten", "permute", "transpose", "t", "T"),
+        *("mT", "unsqueeze", "squeeze", "expand", "chunk", "split", "unbind", "select", "narrow"),
+        *("getitem", "movedim", "detach", "view_as", "contiguous", "to", "H", "mH"),
+        *("data", "real", "imag"),
+        *("split_with_sizes", "tensor_split", "expand_as", "reshape_as", "view_as_real"),
+        *("view_as_complex", "unfold", "swapaxes", "alias", "float", "type"),
+    }
+)
+
 
 def storages(node: fx.Node) -> list[Any]:
     """What tells which tensors share memory."""

@@ -155,7 +155,7 @@ def _doubted(
                 continue
             there = [line for line in own if present[line.source][cuts[j] : cuts[j + 1]].any()]
             if any(
-                line.source is main
+                line.source.whole is main.whole
                 or (line.source.kind == "opaque" and line.source.all_roots & main.all_roots)
                 or is_lattice(line)
                 for line in there

@@ -27,6 +27,7 @@ from gna_compile.graph.tokens.compute import attended, rule_for
 from gna_compile.graph.tokens.constants import Buffers
 from gna_compile.graph.tokens.memory import (
     OVERLAPPING,
+    VIEWS,
     are_apart,
     body_of,
     storages,
@@ -35,7 +36,9 @@ from gna_compile.graph.tokens.memory import (
 )
 from gna_compile.graph.tokens.movement import counted, new
 from gna_compile.graph.tokens.position_ids import may_be_ids
+from gna_compile.graph.tokens.samples import Transforms
 from gna_compile.graph.tokens.sizes import Sizes
+from gna_compile.graph.tokens.weights import is_weight
 from gna_compile.graph.tokens.writes import written_through
 
 __all__ = ["Operands", "Walk", "movement", "space"]
@@ -58,17 +61,6 @@ _CALLS = frozenset(
         "strict_mode",
     }
 )
-_VIEWS = frozenset(
-    {
-        *("view", "reshape", "flatten", "ravel", "unflatten", "permute", "transpose", "t", "T"),
-        *("mT", "unsqueeze", "squeeze", "expand", "chunk", "split", "unbind", "select", "narrow"),
-        *("getitem", "movedim", "detach", "view_as", "contiguous", "to", "H", "mH"),
-        *("data", "real", "imag"),
-        *("split_with_sizes", "tensor_split", "expand_as", "reshape_as", "view_as_real"),
-        *("view_as_complex", "unfold", "swapaxes", "alias", "float", "type"),
-    }
-)
-
 _PICKING = frozenset({"embedding", "index_select", "gather", "take_along_dim", "getitem"})
 _NAME = re.compile(r"^l_(kwargs_)?|_$")  # Dynamo's own around the name of an argument
 _OWNED = re.compile(r"^L\['self'\]\.|_(buffers|modules|parameters)\b")
@@ -109,6 +101,7 @@ class Walk:
         self._results: dict[Any, tuple[Value, list[Tokens]]] = {}
         self._entries = count(1)
         self._entry = 0
+        self._transforms = Transforms()
         self._plain: dict[tuple[int, ...], Tokens] = {}
         self._matches: dict[int, dict[fx.Node, tuple[fx.Node, fx.Node, bool, fx.Node]]] = {}
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -125,7 +118,7 @@ class Walk:
         if tensor is None:
             return None
         shape = self._sizes.shape(tensor)
-        if isinstance(value, torch.nn.Parameter) or 0 in shape:
+        if isinstance(value, torch.nn.Parameter) or 0 in shape or is_weight(node):
             return self._without_cells(shape)
         if _OWNED.search(_torch.source_name(node)):  # a buffer of a module, or an attribute
             if isinstance(value, torch.Tensor):
@@ -193,6 +186,10 @@ class Walk:
     def _call(self, gm: fx.GraphModule, node: fx.Node, known: Environment) -> Value:
         if isinstance(node.target, _torch.HigherOrderOperator):
             return self._checked(node, self._higher_order(gm, node, known), known)
+        transform = self._transforms.visit(node)
+        if transform is not None:
+            value = self._transforms.value(transform, self._new_call(node, known))
+            return self._checked(node, value, known)
         name = operator_name(node)
         if name == "getitem" and isinstance(node.args[0], fx.Node):
             held = known.get(node.args[0])
@@ -466,7 +463,7 @@ class Walk:
             if not isinstance(held, Tokens | list) or are_apart(own, chain):
                 continue
             name = operator_name(other)
-            if len(chain) > 1 and chain[1] in renewed and name in _VIEWS:
+            if len(chain) > 1 and chain[1] in renewed and name in VIEWS:
                 # A view of what was written: seen through it anew.
                 known[other] = (
                     self._call(_NO_MODULE, other, known)
