@@ -277,7 +277,7 @@ class Views(nn.Module):
 def test_reports_name_the_layer_and_show_one_sample() -> None:
     (row,) = gna_compile.explain(Views(), images(2, 3), policy=POLICY, quiet=True).rows
     assert (row.layer, row.decision, row.tokens, row.layout) == ("net", "gna", 24, "4x6")
-    assert "gna.attention.v1" in str(gna_compile.graph_diff(Views(), images(2, 3), policy=POLICY))
+    assert "gna.attention.v2" in str(gna_compile.graph_diff(Views(), images(2, 3), policy=POLICY))
 
 
 @pytest.mark.parametrize("name", ["vmap", "grad", "jvp"])

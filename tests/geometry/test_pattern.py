@@ -22,6 +22,8 @@ from gna_compile.geometry import (
     decode,
     default_links,
     encode,
+    text_of_list,
+    write_grid,
 )
 from gna_compile.geometry.encoding import write
 
@@ -211,3 +213,37 @@ def _self(segments, windows, heads=1) -> AttentionPattern:  # type: ignore[no-un
     return AttentionPattern(
         segments, segments, default_links(segments), (HeadGroup(heads, windows),)
     )
+
+
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(1, 4))
+@settings(max_examples=50, deadline=None)
+def test_one_grid_is_written_without_looking_at_sizes(prefix: int, suffix: int, heads: int) -> None:
+    neighborhood = Neighborhood.of((4, 6), (2, 3), (2, 1), (2, 1), (True, False), prefix, suffix)
+    ints = write_grid((4, 6), (2, 3), (2, 1), (2, 1), (True, False), prefix, suffix, heads)
+    assert ints == write(AttentionPattern.of_neighborhood(neighborhood, heads))
+    names = write_grid(["h", "w"], ["a", 3], [2, 1], [2, 1], [True, False], "text", suffix, "n")
+    size = "" if suffix == 0 else f" + {suffix}"
+    window = "window ax3, stride 2x1, dilation 2x1, causal yesxno"
+    assert text_of_list(names) == f"text + hxw{size}; n heads: {window}"
+
+
+def test_a_pattern_in_words() -> None:
+    segments = (TEXT, VIDEO, IMAGE)
+    pattern = AttentionPattern(
+        segments,
+        (*segments, GridTokens((8, 4), (2, 0), (6, 4))),
+        tuple((*row, Link.NONE) for row in default_links(segments, between_grids=Link.WINDOW)),
+        (HeadGroup(2, (WINDOW, None)), HeadGroup(1, (None, None))),
+    )
+    assert text_of_list(write(pattern)) == (
+        "7 + 3x4x5 + 1x4x5 of 7 + 3x4x5 + 1x4x5 + 8x4[2:6, 0:4]; "
+        "links full full full none / full window window none / full window window none; "
+        "2 heads: window 3x2x3, stride 1x2x1 / full; 1 heads: full / full"
+    )
+
+
+@given(SEEDS)
+@settings(max_examples=200, deadline=None)
+def test_every_pattern_has_words(seed: int) -> None:
+    pattern = patterns.draw(seed)
+    assert text_of_list(write(pattern)).startswith(str(pattern.queries[0]))
