@@ -12,6 +12,7 @@ from functools import reduce
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 
@@ -92,7 +93,7 @@ def attention(
     batch, heads, tokens, head_dim = query.shape
     group = heads // key.shape[1] if heads else 1
     query, key, value = (x.double() for x in (query, key, value))
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    key, value = (repeat(x, "b h n d -> b (h group) n d", group=group) for x in (key, value))
     scale = head_dim**-0.5 if scale is None else scale
     seen = visible[None].repeat(batch, 1, 1)
     if key_mask is not None:
@@ -126,6 +127,6 @@ def _row_by_row(
             weights = torch.softmax(scores.masked_fill(dead, 0), dim=-1).masked_fill(dead, 0)
             outputs.append(torch.einsum("hj,hjd->hd", weights, value[b][:, columns]))
             lses.append(torch.logsumexp(scores, dim=-1))
-    batch, heads, tokens, head_dim = query.shape
-    output = torch.stack(outputs).reshape(batch, tokens, heads, head_dim).transpose(1, 2)
-    return output, torch.stack(lses).reshape(batch, tokens, heads).transpose(1, 2)
+    batch = query.shape[0]
+    output = rearrange(torch.stack(outputs), "(b n) h d -> b h n d", b=batch)
+    return output, rearrange(torch.stack(lses), "(b n) h -> b h n", b=batch)

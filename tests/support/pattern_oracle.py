@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import oracle
 import torch
+from einops import repeat
 from torch import Tensor
 
 Token = tuple[int, tuple[int, ...] | None]
@@ -112,8 +113,9 @@ def attention(
     """
     batch, heads, _, head_dim = query.shape
     query, key, value = (x.double() for x in (query, key, value))
-    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    seen = visible(pattern)[None].repeat(batch, 1, 1, 1)
+    group = heads // key.shape[1]
+    key, value = (repeat(x, "b h n d -> b (h group) n d", group=group) for x in (key, value))
+    seen = repeat(visible(pattern), "h i j -> b h i j", b=batch).clone()
     if key_mask is not None:
         seen[..., global_keys(pattern)] &= key_mask[:, None, None]
     scores = torch.einsum("bhid,bhjd->bhij", query, key)
