@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gna_compile.geometry import GeometryError, Neighborhood
+from gna_compile.geometry import AttentionPattern, GeometryError, Neighborhood
 from gna_compile.planner import ARCHITECTURES, Plan, PlanError, Tiling, Workload, plan, plan_with
 from gna_compile.policy import PolicyError
 from gna_compile.simulate import tables
@@ -165,7 +165,10 @@ def _on_cpu(console: Console, problems: list[tuple[Entry, Workload]]) -> None:
     try:
         from gna_compile.providers.cpu.tiles import predicted_speedup
     except ImportError:  # the native kernel is not built
-        from gna_compile.providers.portable.tiles import predicted_speedup
+        from gna_compile.providers.portable import cuts
+
+        def predicted_speedup(neighborhood: Neighborhood) -> float:
+            return cuts.predicted_speedup(AttentionPattern.of_neighborhood(neighborhood, 1))
 
     rows = []
     for entry, workload in problems:

@@ -22,7 +22,8 @@ from gna_compile.providers import Problem
 from gna_compile.providers.cpu import tiles as cpu_tiles
 from gna_compile.providers.cpu.provider import Cpu
 from gna_compile.providers.cuda import provider as cuda
-from gna_compile.providers.portable import tiles as boxes
+from gna_compile.providers.portable import cuts
+from gna_compile.providers.portable.pieces import pieces_of
 from gna_compile.providers.portable.provider import Portable
 
 
@@ -45,7 +46,7 @@ def test_each_provider_is_predicted_by_what_it_does() -> None:
         assert cuda.forecast(asked, name).speedup == speedups(plan(workload, name)).predicted
     assert Portable().forecast(asked).speedup is None
     on_cpu = Portable().forecast(problem(HUNYUAN)).speedup
-    assert on_cpu == boxes.predicted_speedup(HUNYUAN, 2)
+    assert on_cpu == predicted_speedup(HUNYUAN, 2)
 
 
 @pytest.mark.parametrize("suffix", [0, 5])
@@ -53,14 +54,15 @@ def test_each_provider_is_predicted_by_what_it_does() -> None:
 def test_the_portable_providers_cost_is_that_of_its_tiles(stride: int, suffix: int) -> None:
     grid = Neighborhood.of((24, 32), (8, 12), (stride, stride), suffix=suffix)
     cost = 0.0
-    for tiles in product(*boxes.cut_grid(grid)):
-        queries, keys = (math.prod(len(getattr(t, n)) for t in tiles) for n in ("queries", "keys"))
+    for tiles in product(*cuts.cut_grid(pieces_of(AttentionPattern.of_neighborhood(grid, 1))[-1])):
+        queries = math.prod(len(tile.positions) for tile in tiles)
+        keys = math.prod(len(tile.keys[0].positions) for tile in tiles)
         masked = not all(tile.interior for tile in tiles)
-        cost += queries * (keys + suffix) + boxes._GATHERED_KEY * (keys + suffix) + boxes._TILE
-        cost += masked * boxes._MASKED_PAIR * queries * keys
+        cost += queries * (keys + suffix) + cuts._GATHERED_KEY * (keys + suffix) + cuts._TILE
+        cost += masked * cuts._MASKED_PAIR * queries * keys
     if suffix:
-        cost += suffix * grid.tokens + boxes._TILE
-    assert boxes.predicted_speedup(grid) == pytest.approx(grid.tokens**2 / cost)
+        cost += suffix * grid.tokens + cuts._TILE
+    assert predicted_speedup(grid) == pytest.approx(grid.tokens**2 / cost)
 
 
 def test_a_stride_hint_is_for_the_native_kernels() -> None:
@@ -70,6 +72,10 @@ def test_a_stride_hint_is_for_the_native_kernels() -> None:
     assert Portable().forecast(asked).hint == ""
     better = Neighborhood.of((30, 48, 80), (18, 24, 24), (2, 8, 8), suffix=256)
     assert cuda.forecast(problem(better), "sm90").hint == ""
+
+
+def predicted_speedup(neighborhood: Neighborhood, mask_rows: int = 1) -> float:
+    return cuts.predicted_speedup(AttentionPattern.of_neighborhood(neighborhood, 1), mask_rows)
 
 
 class Net(nn.Module):
@@ -93,7 +99,7 @@ def portable_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("portable_only")
 def test_a_predicted_slowdown_stays_dense_although_it_saves_flops() -> None:
     [row] = explained(8).rows
-    expected = boxes.predicted_speedup(Neighborhood.of((8, 8), (5, 5)))
+    expected = predicted_speedup(Neighborhood.of((8, 8), (5, 5)))
     assert expected < 1
     assert (row.reason, row.predicted_speedup) == ("predicted-slowdown", None)
     assert row.detail == (
@@ -107,7 +113,7 @@ def test_a_predicted_slowdown_stays_dense_although_it_saves_flops() -> None:
 def test_explain_shows_the_prediction_against_the_bound() -> None:
     explanation = explained(64)
     [row] = explanation.rows
-    expected = boxes.predicted_speedup(Neighborhood.of((64, 64), (5, 5)))
+    expected = predicted_speedup(Neighborhood.of((64, 64), (5, 5)))
     assert 1 < expected < 163.84
     assert row.as_dict()["predicted_speedup"] == row.predicted_speedup == expected
     text = io.StringIO()

@@ -11,7 +11,7 @@ from typing import Any
 import provider_checks
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import Watch, axes, problem
 from torch import Tensor
@@ -28,11 +28,12 @@ from gna_compile.providers import (
     Problem,
     choose,
 )
+from gna_compile.providers.portable import cuts, tile_tensors, walk
 from gna_compile.providers.portable import provider as portable
-from gna_compile.providers.portable import tile_tensors, walk
-from gna_compile.providers.portable import tiles as boxes
 from gna_compile.providers.portable.masks import axis_hidden
+from gna_compile.providers.portable.pieces import AxisSight, Piece, TokenGrid
 from gna_compile.providers.portable.provider import Portable
+from gna_compile.providers.portable.tiles import KeyRun, tiles
 
 WAYS = ["fused", "exact"]
 
@@ -48,10 +49,10 @@ def work(monkeypatch: pytest.MonkeyPatch, way: str, cut_sizes: Sequence[int] | N
         monkeypatch.setattr(portable, "_bounded", lambda *_: False)
     if cut_sizes is not None:
 
-        def cut(neighborhood: Neighborhood, _: int) -> tuple[tuple[boxes.AxisTile, ...], ...]:
+        def cut(piece: Piece, _: int) -> cuts.Cut:
             return tuple(
-                tuple(boxes._tiles(axis, size, merge=False))
-                for axis, size in zip(neighborhood.axes, cut_sizes, strict=True)
+                tuple(tiles(axis, size, merge=False))
+                for axis, size in zip(piece.axes, cut_sizes or (), strict=bool(piece.axes))
             )
 
         monkeypatch.setattr(walk, "cut_grid", cut)
@@ -60,54 +61,77 @@ def work(monkeypatch: pytest.MonkeyPatch, way: str, cut_sizes: Sequence[int] | N
 # Cutting the grid --------------------------------------------------------------------------------
 
 
+def grid_piece(axes: Sequence[Axis], global_keys: int = 0) -> Piece:
+    """The queries of a whole grid, which see that grid and global tokens before it."""
+    grid = TokenGrid(global_keys, tuple(axis.length for axis in axes))
+    tokens = range(global_keys, global_keys + math.prod(grid.shape))
+    linked = (range(global_keys),) if global_keys else ()
+    sights = tuple(map(AxisSight.whole, axes))
+    return Piece((tokens,), linked, bool(linked), False, sights, grid, (grid,))
+
+
 @given(st.lists(axes(), min_size=1, max_size=3), st.integers(1, 3))
 def test_a_cut_covers_every_query_once_with_its_union_box(parts: list[Axis], rows: int) -> None:
-    for axis, tiles in zip(parts, boxes.cut_grid(Neighborhood(tuple(parts)), rows), strict=True):
-        tokens = [range(axis.length)[tile.query_tokens] for tile in tiles]
-        assert sorted(itertools.chain(*tokens)) == list(range(axis.length))
-        for tile, queries in zip(tiles, tokens, strict=True):
-            keys = range(axis.length)[tile.key_tokens]
-            seen = [set(axis.keys(query)) for query in queries]
-            assert set(keys) == set().union(*seen)
-            assert tile.interior == all(row == set(keys) for row in seen)
+    for axis, of_axis in zip(parts, cuts.cut_grid(grid_piece(parts), rows), strict=True):
+        assert sorted(itertools.chain(*(tile.tokens for tile in of_axis))) == [*range(axis.length)]
+        for tile in of_axis:
+            [keys] = tile.keys
+            seen = [set(axis.keys(query)) for query in tile.tokens]
+            assert set(keys.tokens) == set().union(*seen)
+            assert keys.interior == all(row == set(keys.tokens) for row in seen)
 
 
-@given(axes(), st.integers(1, 24), st.booleans())
-def test_axis_masks_are_the_geometry(axis: Axis, size: int, merge: bool) -> None:
-    for tile in boxes._tiles(axis, size, merge):
-        hidden = axis_hidden(tile, torch.device("cpu"))
-        keys = range(axis.length)[tile.key_tokens]
-        for row, query in zip(hidden, range(axis.length)[tile.query_tokens], strict=True):
-            assert [not axis.sees(query, key) for key in keys] == row.tolist()
-        assert tile.interior == (not hidden.any())
+@given(axes(), st.data(), st.integers(1, 24), st.booleans())
+def test_runs_and_masks_of_a_box_are_the_geometry(
+    axis: Axis, data: st.DataObject, size: int, merge: bool
+) -> None:
+    """Queries and keys at hand are parts of the axis; a second key grid is not limited by it."""
+    queries, keys = (
+        range(*sorted(data.draw(st.lists(st.integers(0, axis.length), min_size=2, max_size=2))))
+        for _ in range(2)
+    )
+    assume(len(queries) and len(keys))
+    sight = AxisSight(axis, queries, (keys, range(3)), (True, False))
+    covered = []
+    for tile in tiles(sight, size, merge):
+        rows = [queries[token] for token in tile.tokens]
+        covered += rows
+        limited, free = tile.keys
+        assert free == KeyRun(range(3), range(3), interior=True)
+        columns = [keys[token] for token in limited.tokens]
+        assert {key for row in rows for key in axis.keys(row) if key in keys} <= set(columns)
+        hidden = axis_hidden(tile.axis, tile.positions, limited.positions, torch.device("cpu"))
+        assert [[not axis.sees(row, key) for key in columns] for row in rows] == hidden.tolist()
+        assert limited.interior == (not hidden.any())
+    assert sorted(covered) == list(queries)
 
 
 @given(st.lists(axes(longest=200), min_size=1, max_size=3), st.integers(1, 8))
 @settings(max_examples=30)
 def test_masks_stay_within_their_bound(parts: list[Axis], rows: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(boxes, "MAX_MASK", 4000)
-        neighborhood = Neighborhood(tuple(parts), prefix=3)
-        cut = boxes.cut_grid.__wrapped__(neighborhood, rows)
-    queries = [max(len(tile.queries) for tile in tiles) for tiles in cut]
-    keys = [max(len(tile.keys) for tile in tiles) for tiles in cut]
-    interior = all(tile.interior for tiles in cut for tile in tiles)
-    mask = rows * math.prod(queries) * (math.prod(keys) + 3)
-    assert interior or mask <= 4000 or queries == [1] * len(parts)
+        monkeypatch.setattr(cuts, "MAX_MASK", 4000)
+        cut = cuts.cut_grid.__wrapped__(grid_piece(parts, global_keys=3), rows)
+    queries, keys = cuts.largest(cut)
+    interior = all(tile.interior for of_axis in cut for tile in of_axis)
+    assert interior or rows * queries * (keys + 3) <= 4000 or queries == 1
 
 
 def test_boxes_that_divide_the_stride_need_no_mask() -> None:
     neighborhood = Neighborhood.of((8, 24, 32), (4, 12, 16), (2, 4, 8))
-    cut = boxes.cut_grid(neighborhood, 1)
-    assert all(tile.interior for tiles in cut for tile in tiles)
-    pairs = [sum(len(t.queries) * len(t.keys) for t in tiles) for tiles in cut]
+    cut = cuts.cut_grid(grid_piece(neighborhood.axes), 1)
+    assert all(tile.interior for of_axis in cut for tile in of_axis)
+    pairs = [sum(len(t.positions) * len(t.keys[0].positions) for t in tiles) for tiles in cut]
     assert math.prod(pairs) == neighborhood.pairs
 
 
 def test_cutting_a_huge_grid_is_quick() -> None:
     start = time.perf_counter()
-    boxes.cut_grid.__wrapped__(Neighborhood.of((4_000_000,), (1001,)), 1)
-    boxes.cut_grid.__wrapped__(Neighborhood.of((61, 90, 160), (20, 40, 51), (3, 5, 7)), 1)
+    for grid, window, stride in [
+        ((4_000_000,), (1001,), (1,)),
+        ((61, 90, 160), (20, 40, 51), (3, 5, 7)),
+    ]:
+        cuts.cut_grid.__wrapped__(grid_piece(Neighborhood.of(grid, window, stride).axes), 1)
     assert time.perf_counter() - start < 10
 
 
@@ -175,13 +199,13 @@ def direct(kind: str) -> Callable[..., Any]:
 def test_memory_is_bounded(way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work(monkeypatch, way)
     monkeypatch.setattr(tile_tensors, "WORKSPACE", 1 << 20)
-    monkeypatch.setattr(boxes, "MAX_MASK", 1 << 17)
-    boxes.cut_grid.cache_clear()
+    monkeypatch.setattr(cuts, "MAX_MASK", 1 << 17)
+    cuts.cut_grid.cache_clear()
     neighborhood = Neighborhood.of((48, 48), (13, 13), prefix=4)
     query, key, value = (torch.zeros(1, 4, neighborhood.tokens, 8) for _ in range(3))
     with Watch() as watch:
         direct(kind)(query, key, value, neighborhood, torch.ones(1, 4, dtype=torch.bool))
-    boxes.cut_grid.cache_clear()
+    cuts.cut_grid.cache_clear()
     assert query.numel() <= watch.largest < 4 * query.numel() < neighborhood.tokens**2 / 10
 
 

@@ -25,8 +25,10 @@ from gna_compile.providers.cpu import tiles as cpu_tiles
 from gna_compile.providers.cpu.provider import Cpu
 from gna_compile.providers.portable import provider as portable
 from gna_compile.providers.portable import tile_tensors, walk
-from gna_compile.providers.portable import tiles as boxes
+from gna_compile.providers.portable.cuts import Cut, cut_grid
+from gna_compile.providers.portable.pieces import Piece
 from gna_compile.providers.portable.provider import Portable
+from gna_compile.providers.portable.tiles import tiles
 
 BLOCKS = 40
 PROBLEMS_PER_BLOCK = 260
@@ -106,13 +108,14 @@ class RandomProblem:
         return values(*shape)
 
     def cut(self) -> Any:
-        """A cut of the grid into boxes of random sizes."""
-        neighborhood = Neighborhood.of(**self.geometry)
-        chosen = []
-        for axis in neighborhood.axes:
-            size = self.rng.randint(1, axis.length)
-            chosen.append(tuple(boxes._tiles(axis, size, merge=self.rng.random() < 0.5)))
-        return lambda *_: tuple(chosen)
+        """Cuts the grid into boxes of random sizes."""
+        sizes = [self.rng.randint(1, length) for length in self.geometry["grid"]]
+        merges = [self.rng.random() < 0.5 for _ in sizes]
+
+        def cut(piece: Piece, _: int) -> Cut:
+            return tuple(map(tuple, map(tiles, piece.axes, sizes, merges)))
+
+        return cut
 
     def kernel_boxes(self) -> cpu_tiles.Boxes:
         """Random boxes for the CPU kernel."""
@@ -135,7 +138,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_block_of_random_problems(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "PROVIDERS", [Portable()])
-    bounded, cut_grid = portable._bounded, boxes.cut_grid
+    bounded = portable._bounded
     for index in range(PROBLEMS_PER_BLOCK):
         problem = RandomProblem(block * PROBLEMS_PER_BLOCK + index)
         monkeypatch.setattr(portable, "_bounded", bounded if problem.fused else lambda *_: False)

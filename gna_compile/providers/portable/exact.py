@@ -23,6 +23,8 @@ def attend(tile: Tile, scale: float) -> Forward:
     """A tile's output [batch, kv_heads, rows, D] and logsumexp [batch, kv_heads, rows]."""
     dtype = accurate(tile.query.dtype)
     query, key, value = (x.to(dtype) for x in (tile.query, tile.key, tile.value))
+    if not key.shape[2]:
+        return Forward(torch.zeros_like(query), query.new_full(query.shape[:3], -math.inf))
     outs, lses = [], []
     for rows, hidden in tile.row_chunks():
         scores = torch.matmul(query[:, :, rows], key.mT).mul_(scale)

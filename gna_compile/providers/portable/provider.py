@@ -1,7 +1,8 @@
 """The provider that runs everywhere: boxes of queries against their union box, in PyTorch's own words.
 
-It works tile by tile (see `tiles`), so memory stays bounded: one tile's keys are copied out of the
-grid at a time, and a mask is never larger than one tile. Two ways to attend within a tile:
+A pattern is taken as pieces (`pieces`), whose grids are cut axis by axis (`tiles`, `cuts`). It works
+tile by tile (`walk`), so memory stays bounded: one tile's keys are copied out of their grids at a
+time, and a mask is never larger than one tile. Two ways to attend within a tile:
 
 - *fused*: PyTorch's CPU flash attention, forward and backward. It takes an additive mask, and
   0 x NaN and -inf + NaN then let hidden values through, so it serves only inputs whose logits are
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from gna_compile import _torch
 from gna_compile.providers.portable import exact
+from gna_compile.providers.portable.cuts import predicted_speedup
 from gna_compile.providers.portable.exact import accurate
+from gna_compile.providers.portable.pieces import group_of
 from gna_compile.providers.portable.tile_tensors import Scratch, Tile
-from gna_compile.providers.portable.tiles import predicted_speedup
 from gna_compile.providers.portable.walk import Step, parts
 from gna_compile.providers.problem import (
     Forecast,
@@ -45,13 +47,15 @@ class Portable:
     def supports(self, problem: Problem) -> str | None:
         if problem.dtype not in _DTYPES:
             return f"takes fp32, fp16, bf16 and fp64, not {problem.dtype}"
+        if group_of(problem.pattern) is None:
+            return "takes heads that all see the same, one head group at a time"
         return None
 
     def forecast(self, problem: Problem) -> Forecast:
         if problem.device != "cpu":
             return Forecast()
         group = problem.heads // problem.kv_heads
-        return Forecast(predicted_speedup(problem.neighborhood, group))
+        return Forecast(predicted_speedup(problem.pattern, group))
 
     def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
         query, key, value, _, scale = inputs
@@ -107,6 +111,8 @@ def _bounded(left: Tensor, right: Tensor | None = None, scale: float = 1.0) -> b
     """Whether the fused way may be taken: on the CPU, if all inner products of rows are finite."""
     if left.device.type != "cpu" or _torch.why_not("CPU flash attention"):
         return False
+    if not left.numel() or (right is not None and not right.numel()):
+        return False
     bound = _largest(left)
     if right is not None:
         bound *= _largest(right) * left.shape[-1] * max(abs(scale), 1.0)
@@ -120,7 +126,7 @@ def _largest(tensor: Tensor) -> float:
 
 def _attend(tile: Tile, scale: float, fused: bool) -> Forward:
     """Output [batch, kv_heads, rows, D] and logsumexp [batch, kv_heads, rows] of a tile."""
-    if not fused:
+    if not fused or not tile.key.shape[2]:
         return exact.attend(tile, scale)
     out, lse = _torch.cpu_flash_attention(
         _unit_stride(tile.query),
@@ -129,6 +135,10 @@ def _attend(tile: Tile, scale: float, fused: bool) -> Forward:
         attn_mask=_bias(tile),
         scale=scale,
     )
+    if tile.may_be_blind and tile.hidden is not None:
+        blind = tile.hidden.all(dim=-1)
+        out.masked_fill_(blind.unsqueeze(-1), 0)
+        lse = lse.masked_fill(blind, -math.inf)
     return Forward(out, lse)
 
 
@@ -144,15 +154,19 @@ def _attend_backward(
         scale: of the logits.
         fused: whether PyTorch's kernel may serve.
     """
-    if not fused:
+    if not fused or not tile.key.shape[2]:
         return exact.attend_backward(tile, forward, given, scale)
+    lse = forward.logsumexp
+    if tile.may_be_blind:
+        # The kernel's own for a row that sees nothing; -inf would make a NaN of -inf - -inf.
+        lse = lse.masked_fill(lse == -math.inf, 0)
     grads = _torch.cpu_flash_attention_backward(
         _unit_stride(given.output),
         _unit_stride(tile.query),
         _unit_stride(tile.key),
         _unit_stride(tile.value),
         _unit_stride(forward.output),
-        forward.logsumexp.contiguous(),
+        lse.contiguous(),
         0.0,
         False,
         attn_mask=_bias(tile),
