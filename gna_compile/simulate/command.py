@@ -163,17 +163,19 @@ def _plan(
 
 def _on_cpu(console: Console, problems: list[tuple[Entry, Workload]]) -> None:
     try:
-        from gna_compile.providers.cpu.tiles import predicted_speedup
+        from gna_compile.providers.cpu import tiles
     except ImportError:  # the native kernel is not built
+        tiles = None  # type: ignore[assignment]
         from gna_compile.providers.portable import cuts
-
-        def predicted_speedup(neighborhood: Neighborhood) -> float:
-            return cuts.predicted_speedup(AttentionPattern.of_neighborhood(neighborhood, 1))
 
     rows = []
     for entry, workload in problems:
         neighborhood = workload.neighborhood
-        rows.append((entry, neighborhood, predicted_speedup(neighborhood)))
+        if tiles is not None:
+            speedup = tiles.predicted_speedup(neighborhood)
+        else:
+            speedup = cuts.predicted_speedup(AttentionPattern.of_neighborhood(neighborhood, 1))
+        rows.append((entry, neighborhood, speedup))
     console.print(tables.cpu_table(rows))
 
 

@@ -54,7 +54,8 @@ def test_each_provider_is_predicted_by_what_it_does() -> None:
 def test_the_portable_providers_cost_is_that_of_its_tiles(stride: int, suffix: int) -> None:
     grid = Neighborhood.of((24, 32), (8, 12), (stride, stride), suffix=suffix)
     cost = 0.0
-    for tiles in product(*cuts.cut_grid(pieces_of(AttentionPattern.of_neighborhood(grid, 1))[-1])):
+    piece = pieces_of(AttentionPattern.of_neighborhood(grid, 1))[-1]
+    for tiles in product(*cuts.cut_grid(piece).axes):
         queries = math.prod(len(tile.positions) for tile in tiles)
         keys = math.prod(len(tile.keys[0].positions) for tile in tiles)
         masked = not all(tile.interior for tile in tiles)

@@ -50,10 +50,8 @@ def work(monkeypatch: pytest.MonkeyPatch, way: str, cut_sizes: Sequence[int] | N
     if cut_sizes is not None:
 
         def cut(piece: Piece, _: int) -> cuts.Cut:
-            return tuple(
-                tuple(tiles(axis, size, merge=False))
-                for axis, size in zip(piece.axes, cut_sizes or (), strict=bool(piece.axes))
-            )
+            sizes = zip(piece.axes, cut_sizes or (), strict=bool(piece.axes))
+            return cuts.Cut(tuple(tuple(tiles(axis, size, merge=False)) for axis, size in sizes))
 
         monkeypatch.setattr(walk, "cut_grid", cut)
 
@@ -72,7 +70,7 @@ def grid_piece(axes: Sequence[Axis], global_keys: int = 0) -> Piece:
 
 @given(st.lists(axes(), min_size=1, max_size=3), st.integers(1, 3))
 def test_a_cut_covers_every_query_once_with_its_union_box(parts: list[Axis], rows: int) -> None:
-    for axis, of_axis in zip(parts, cuts.cut_grid(grid_piece(parts), rows), strict=True):
+    for axis, of_axis in zip(parts, cuts.cut_grid(grid_piece(parts), rows).axes, strict=True):
         assert sorted(itertools.chain(*(tile.tokens for tile in of_axis))) == [*range(axis.length)]
         for tile in of_axis:
             [keys] = tile.keys
@@ -112,14 +110,13 @@ def test_masks_stay_within_their_bound(parts: list[Axis], rows: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cuts, "MAX_MASK", 4000)
         cut = cuts.cut_grid.__wrapped__(grid_piece(parts, global_keys=3), rows)
-    queries, keys = cuts.largest(cut)
-    interior = all(tile.interior for of_axis in cut for tile in of_axis)
-    assert interior or rows * queries * (keys + 3) <= 4000 or queries == 1
+    interior = all(tile.interior for of_axis in cut.axes for tile in of_axis)
+    assert interior or rows * cut.max_queries * (cut.max_keys + 3) <= 4000 or cut.max_queries == 1
 
 
 def test_boxes_that_divide_the_stride_need_no_mask() -> None:
     neighborhood = Neighborhood.of((8, 24, 32), (4, 12, 16), (2, 4, 8))
-    cut = cuts.cut_grid(grid_piece(neighborhood.axes), 1)
+    cut = cuts.cut_grid(grid_piece(neighborhood.axes), 1).axes
     assert all(tile.interior for of_axis in cut for tile in of_axis)
     pairs = [sum(len(t.positions) * len(t.keys[0].positions) for t in tiles) for tiles in cut]
     assert math.prod(pairs) == neighborhood.pairs

@@ -113,7 +113,7 @@ class RandomProblem:
         merges = [self.rng.random() < 0.5 for _ in sizes]
 
         def cut(piece: Piece, _: int) -> Cut:
-            return tuple(map(tuple, map(tiles, piece.axes, sizes, merges)))
+            return Cut(tuple(map(tuple, map(tiles, piece.axes, sizes, merges))))
 
         return cut
 

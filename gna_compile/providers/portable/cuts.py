@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from gna_compile.geometry import AttentionPattern
 from gna_compile.providers.portable.pieces import Piece, pieces_of
@@ -24,8 +24,29 @@ _TILE = 2000.0  # calling the operators of one tile, shared by about a dozen hea
 MAX_MASK = 1 << 22
 """Most elements of one tile's mask, wherever a cut of the grid allows it."""
 
-Cut = tuple[tuple[AxisTile, ...], ...]
-"""For each axis its tiles; the grid's tiles are their product."""
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A cut of a grid: for each axis its tiles; the grid's tiles are their product."""
+
+    axes: tuple[tuple[AxisTile, ...], ...]
+
+    @cached_property
+    def max_queries(self) -> int:
+        """The most queries that a tile may have."""
+        return math.prod(max(len(tile.positions) for tile in tiles) for tiles in self.axes)
+
+    @cached_property
+    def max_keys(self) -> int:
+        """The most keys in grids that a tile may have."""
+        of_axes = [
+            [
+                max(len(r.tokens) for r in runs)
+                for runs in zip(*(t.keys for t in tiles), strict=True)
+            ]
+            for tiles in self.axes
+        ]
+        return sum(map(math.prod, zip(*of_axes, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ def cut_grid(piece: Piece, mask_rows: int = 1) -> Cut:
         mask_rows: rows of mask that one query takes (the heads of a group, say).
     """
     if not piece.axes:
-        return ()
+        return Cut(())
     for merge in (True, False):
         of_axes = [[_AxisCut.of(tiles) for tiles in cuts(axis, merge)] for axis in piece.axes]
         best = _cheapest(piece.linked_keys, mask_rows, of_axes)
@@ -74,20 +95,7 @@ def cut_grid(piece: Piece, mask_rows: int = 1) -> Cut:
     else:
         # Not even single queries fit: the unavoidable rest is a mask of one row.
         best = tuple(of_axis[0] for of_axis in of_axes)
-    return tuple(cut.tiles for cut in best)
-
-
-def largest(cut: Cut) -> tuple[int, int]:
-    """The most queries, and the most keys in grids, that any tile of a cut may have."""
-    queries = math.prod(max(len(tile.positions) for tile in tiles) for tiles in cut)
-    longest = (
-        [
-            max(len(run.tokens) for run in runs)
-            for runs in zip(*(t.keys for t in tiles), strict=True)
-        ]
-        for tiles in cut
-    )
-    return queries, sum(map(math.prod, zip(*longest, strict=True)))
+    return Cut(tuple(cut.tiles for cut in best))
 
 
 @lru_cache(maxsize=256)
@@ -107,7 +115,7 @@ def _piece_cost(piece: Piece, mask_rows: int) -> float:
     if not piece.axes:
         gathered = linked if len(piece.linked) > 1 else 0
         return queries * linked + _GATHERED_KEY * gathered + _TILE
-    of_axes = [_AxisCut.of(tiles) for tiles in cut_grid(piece, mask_rows)]
+    of_axes = [_AxisCut.of(tiles) for tiles in cut_grid(piece, mask_rows).axes]
     tiles = math.prod(len(axis.tiles) for axis in of_axes)
     # Linked keys come along with every tile's own.
     return _cost(of_axes) + linked * (queries + _GATHERED_KEY * tiles)

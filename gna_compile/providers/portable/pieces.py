@@ -6,7 +6,6 @@ lie in grids, and the window says on each axis which of them a query sees.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,9 +49,9 @@ class TokenGrid:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
-    """Queries with the same links.
+    """Queries with the same links. Told apart by identity, since cuts are looked up at every call.
 
     Args:
         queries: ranges of the query sequence; one range, a grid, if there are axes.
@@ -193,8 +192,3 @@ def _merged(ranges: Iterable[range]) -> tuple[range, ...]:
         else:
             merged.append(tokens)
     return tuple(merged)
-
-
-def tokens_of(axes: Sequence[AxisSight]) -> int:
-    """The queries of a piece's grid."""
-    return math.prod(len(axis.queries) for axis in axes)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from gna_compile.providers.portable.pieces import TokenGrid
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A range of tokens, or a box of a grid of them.
 
-    Args:
+    Attributes:
         start: the first token of the range or of the grid.
         length: tokens of the range or of the grid.
         shape: of the grid; () for a range.

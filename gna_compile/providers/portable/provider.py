@@ -63,10 +63,11 @@ class Portable:
         scratch = Scratch()
         for part in parts(problem):
             step = Step(problem, part, inputs, scratch)
+            outputs, lses = map(step.of_query, results)
             for tile in step.tiles():
                 out, lse = _attend(tile, scale, fused)
-                tile.write_rows(step.of_query(results.output), out)
-                tile.write_rows(step.of_query(results.logsumexp), lse)
+                tile.write_rows(outputs, out)
+                tile.write_rows(lses, lse)
 
     def backward(
         self,
@@ -87,20 +88,19 @@ class Portable:
         for part in parts(problem):
             step = Step(problem, part, inputs, scratch)
             sums = [_Accumulator(step.of_key(grad)) for grad in (gradients.key, gradients.value)]
+            results = Forward(*map(step.of_query, forward))
+            grad_output, grad_query = map(step.of_query, (given.output, gradients.query))
+            grad_lse = None if given.logsumexp is None else step.of_query(given.logsumexp)
             for tile in step.tiles():
                 rows = Forward(
-                    tile.read_rows(step.of_query(forward.output), "out"),
-                    tile.read_rows(step.of_query(forward.logsumexp), "lse"),
+                    tile.read_rows(results.output, "out"), tile.read_rows(results.logsumexp, "lse")
                 )
-                grad_lse = given.logsumexp
                 given_rows = OutputGradients(
-                    tile.read_rows(step.of_query(given.output), "grad_out"),
-                    None
-                    if grad_lse is None
-                    else tile.read_rows(step.of_query(grad_lse), "grad_lse"),
+                    tile.read_rows(grad_output, "grad_out"),
+                    None if grad_lse is None else tile.read_rows(grad_lse, "grad_lse"),
                 )
                 grads = _attend_backward(tile, rows, given_rows, scale, fused)
-                tile.write_rows(step.of_query(gradients.query), grads.query)
+                tile.write_rows(grad_query, grads.query)
                 for total, grad in zip(sums, grads[1:], strict=True):
                     tile.add_keys(total.tensor, grad)
             for total in sums:

@@ -37,11 +37,12 @@ def write_tangents(
     for part in parts(problem):
         step = Step(problem, part, inputs, scratch)
         moving_step = Step(problem, part, moving, moving_scratch)
+        lses, moving_outs, moving_lses = map(step.of_query, (logsumexp, *tangents))
         for tile, tangent in zip(step.tiles(), moving_step.tiles(), strict=True):
-            lse = tile.read_rows(step.of_query(logsumexp), "lse")
+            lse = tile.read_rows(lses, "lse")
             rows = _tile_tangents(tile, tangent, lse, inputs.scale)
-            tile.write_rows(step.of_query(tangents.output), rows.output)
-            tile.write_rows(step.of_query(tangents.logsumexp), rows.logsumexp)
+            tile.write_rows(moving_outs, rows.output)
+            tile.write_rows(moving_lses, rows.logsumexp)
 
 
 def _tile_tangents(tile: Tile, tangent: Tile, lse: Tensor, scale: float) -> Forward:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from gna_compile.geometry import GlobalTokens
 from gna_compile.geometry.segments import ranges_of
 from gna_compile.providers.portable import tile_tensors
-from gna_compile.providers.portable.cuts import Cut, cut_grid, largest
+from gna_compile.providers.portable.cuts import cut_grid
 from gna_compile.providers.portable.masks import AxisMasks, join_hidden
 from gna_compile.providers.portable.pieces import Piece, pieces_of
 from gna_compile.providers.portable.places import Place
@@ -60,8 +61,8 @@ def _head_bytes(problem: Problem, piece: Piece) -> tuple[int, int]:
         # One range of keys is not copied, and scores come in chunks.
         copied = piece.linked_keys if len(piece.linked) > 1 else 0
         return token_bytes * (group * piece.query_tokens + copied), 0
-    queries, keys = largest(cut_grid(piece, group))
-    rows, keys = group * queries, keys + piece.linked_keys
+    cut = cut_grid(piece, group)
+    rows, keys = group * cut.max_queries, cut.max_keys + piece.linked_keys
     head_bytes = token_bytes * (rows + keys)
     if problem.device != "cpu":
         # A few blocks of scores: the exact way holds them whole.
@@ -122,23 +123,24 @@ class Step:
         cut = cut_grid(piece, self._group)
         linked = [Place.of_range(keys) for keys in piece.linked]
         hidden = self._hidden_linked(piece)
+        longest = piece.linked_keys + cut.max_keys
         keys, values = (
-            Gather(name, tensor, linked, _longest(piece, cut), hidden, self._scratch)
+            Gather(name, tensor, linked, longest, hidden, self._scratch)
             for name, tensor in (("key", self._key), ("value", self._value))
         )
         masks = AxisMasks(self._query.device)
         rows = [Place.of_range(queries) for queries in piece.queries]
-        for box in itertools.product(*cut):
+        for box in itertools.product(*cut.axes):
             if box:
                 rows = [Place.of_box(piece.grid, [tile.tokens for tile in box])]
-            boxes = _key_boxes(piece, box)
+            numbers, boxes = _key_boxes(piece, box)
             yield Tile(
                 rows,
-                [*linked, *boxes.values()],
+                linked + boxes,
                 self._query,
-                keys.take(list(boxes.values())),
-                values.take(list(boxes.values())),
-                self._hidden_in(piece, box, boxes, hidden, masks),
+                keys.take(boxes),
+                values.take(boxes),
+                self._hidden_in(piece, box, numbers, hidden, masks),
                 piece.may_be_blind,
                 self._scratch,
             )
@@ -154,30 +156,26 @@ class Step:
         self,
         piece: Piece,
         box: tuple[AxisTile, ...],
-        boxes: dict[int, Place],
+        numbers: Sequence[int],
         hidden_linked: Tensor | None,
         masks: AxisMasks,
     ) -> Tensor | None:
-        """What is hidden among all keys of a tile."""
+        """What is hidden among all keys of a tile, which has keys of the key grids `numbers`."""
         joined = [(hidden_linked, piece.linked_keys)] if piece.linked else []
-        for number, place in boxes.items():
+        for number in numbers:
             hidden = masks.hidden(box, number)
             if hidden is not None:
                 hidden = hidden.repeat(self._group, 1)[None, None]
-            joined.append((hidden, place.tokens))
+            joined.append((hidden, math.prod(len(tile.keys[number].tokens) for tile in box)))
         return join_hidden(joined, self._query.device)
 
 
-def _longest(piece: Piece, cut: Cut) -> int:
-    """The most keys that a tile has."""
-    return piece.linked_keys + (largest(cut)[1] if cut else 0)
-
-
-def _key_boxes(piece: Piece, box: tuple[AxisTile, ...]) -> dict[int, Place]:
-    """Where the keys of a tile lie in the key grids, by the number of the grid."""
-    boxes = {}
+def _key_boxes(piece: Piece, box: tuple[AxisTile, ...]) -> tuple[list[int], list[Place]]:
+    """The key grids that a tile sees keys of, and where these lie."""
+    numbers, boxes = [], []
     for number, grid in enumerate(piece.key_grids):
         tokens = [tile.keys[number].tokens for tile in box]
         if all(tokens):
-            boxes[number] = Place.of_box(grid, tokens)
-    return boxes
+            numbers.append(number)
+            boxes.append(Place.of_box(grid, tokens))
+    return numbers, boxes
