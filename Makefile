@@ -1,4 +1,4 @@
-# make demo | test | prove | gpu | fuzz | hunt | lint | wheel | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
+# make demo | test | prove | gpu | fuzz | hunt | patterns | lint | wheel | clean. Needs python3 (3.10 or newer), make and a C++ compiler (Inductor uses it).
 #
 # PYTHON   the interpreter to build on. A torch that it already has and that this package supports is
 #          used as it is, for example on a GPU machine; otherwise $(TORCH) is installed.
@@ -8,6 +8,7 @@
 # VENV     the virtual environment, made when missing.
 # FUZZ_SECONDS how long the native code runs on random problems under sanitizers.
 # HUNT_ARGS    for example HUNT_ARGS='--samples 20000 --seed 0 --wild'.
+# PATTERNS_ARGS for example PATTERNS_ARGS='--problems 1000 --seed 7'.
 # PYTEST_ARGS  replaces "-n auto", for example PYTEST_ARGS='-k wan -x'.
 #
 # Without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder of wheels> make test
@@ -18,6 +19,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n auto
 FUZZ_SECONDS ?= 20
 HUNT_ARGS ?=
+PATTERNS_ARGS ?=
 
 # timm requires torchvision, which nothing here uses and which can replace the installed torch; the
 # rest of what it needs comes with transformers. Hence --no-deps, and no extra in pyproject.toml.
@@ -33,7 +35,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 CXX_FOUND := $(shell command -v $(CXX) || command -v c++ || command -v g++ || command -v clang++)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test prove gpu fuzz hunt lint wheel clean compiler
+.PHONY: demo test prove gpu fuzz hunt patterns lint wheel clean compiler
 
 demo: $(VENV)/.demo compiler
 	$(BIN)/python examples/demo.py
@@ -60,6 +62,10 @@ fuzz: $(VENV)/.dev compiler
 # Random models of known token order, judged until interrupted.
 hunt: $(VENV)/.test compiler
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/token_programs.py $(HUNT_ARGS)
+
+# 100 000 random attention patterns on the portable provider, half an hour on one core.
+patterns: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/pattern_problems.py $(PATTERNS_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
