@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pattern_oracle
+import patterns
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gna_compile.geometry import (
@@ -81,6 +84,24 @@ def test_head_groups_with_transforms_and_in_compiled_code() -> None:
     torch.autograd.gradcheck(
         attend, [x[:1].requires_grad_() for x in inputs], fast_mode=True, check_forward_ad=True
     )
+
+
+@given(st.integers(0, 2**32), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_pattern(seed: int, is_masked: bool) -> None:
+    pattern = patterns.draw(seed)
+    torch.manual_seed(seed % 1000)
+    inputs = [x.requires_grad_() for x in tensors(pattern, kv_heads=pattern.heads)]
+    mask = torch.rand(2, pattern.global_keys) < 0.7 if is_masked else None
+    pair = FORWARD(*inputs, encode(pattern), mask, 0.3, [0, 1, 2, 3])
+    expected = pattern_oracle.attention(*inputs, pattern=pattern, key_mask=mask, scale=0.3)
+    given_gradient = torch.randn_like(expected[0])
+    grads = torch.autograd.grad(pair[0], inputs, given_gradient)
+    expected_grads = torch.autograd.grad(expected[0], inputs, given_gradient)
+    torch.testing.assert_close((*pair, *grads), (*expected, *expected_grads))
+    mapped = torch.vmap(lambda *x: FORWARD(*x, encode(pattern), None, 0.3, [0, 1, 2, 3])[0])
+    alone, _ = pattern_oracle.attention(*inputs, pattern=pattern, scale=0.3)
+    torch.testing.assert_close(mapped(*(x[:, None] for x in inputs))[:, 0], alone)
 
 
 def test_heads_of_any_group_are_those_of_it_alone() -> None:
