@@ -9,6 +9,7 @@ This is the only place where the steps are strung together, and the target of th
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,11 +66,13 @@ class GnaBackend:
 
     def reset(self) -> None:
         """Forgets loaded policies and what was said; called by `torch._dynamo.reset()`."""
-        from gna_compile.policy import clear_cache
-        from gna_compile.report.nothing_rewritten import forget
+        # Dynamo iterates over its backends here, and what an import compiles would be one more.
+        if "gna_compile.decide" in sys.modules:
+            from gna_compile.policy import clear_cache
+            from gna_compile.report.nothing_rewritten import forget
 
-        clear_cache()
-        forget()
+            clear_cache()
+            forget()
 
 
 gna = GnaBackend()

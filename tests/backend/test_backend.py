@@ -919,3 +919,17 @@ def test_a_symbolic_head_size(inner: str) -> None:
         x = torch.randn(1, 2, 48, head_dim)
         expected = F.scaled_dot_product_attention(x, x, x, attn_mask=visible)
         torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reset_before_the_first_graph_imports_nothing() -> None:
+    """Dynamo walks over its backends while it resets them; an import may compile one more."""
+    script = (
+        "import sys, gna_compile.backend as backend\n"
+        "before = set(sys.modules)\n"
+        "backend.gna.reset()\n"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -26,7 +26,7 @@ def test_the_op_costs_no_kernels(name: str) -> None:
     built = build(name)
     dense = generated(built, "inductor")
     ours = generated(built, "gna", {"policy": POLICY})
-    ops = re.findall(r"= torch\.ops\.gna\.attention\.v1\((.*)", ours)
+    ops = re.findall(r"= torch\.ops\.gna\.attention\.v2\((.*)", ours)
     assert ops
     for arguments in ops:  # buffers as they are, or views of them
         assert re.match(r"(buf\d+|reinterpret_tensor\(buf\d+, .*\)), ", arguments), arguments

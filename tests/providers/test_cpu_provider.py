@@ -76,7 +76,7 @@ from gna_compile import ops, providers
 from gna_compile.ops import implementations
 x = torch.randn(1, 2, 30, 8)
 print(ops.neighborhood_attention(x, x, x, grid=(30,), window=(5,)).shape[2])
-facts = next(iter(implementations._resolved.values()))[0]
+facts = next(iter(implementations._resolved.values()))[0].problem
 print(providers.choose(facts).name, "|", providers.choose(facts, name="cpu"))
 """
     command = [sys.executable, "-c", script]
