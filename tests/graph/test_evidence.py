@@ -265,6 +265,25 @@ def test_positions_do_not_split_an_axis_of_an_image(
     assert (row.reason or row.layout) == expected
 
 
+@pytest.mark.parametrize(("is_mixed", "expected"), [(True, "layout-unknown"), (False, "8x12")])
+def test_mixed_frames_stay_mixed_where_heads_and_frames_are_one_dimension(
+    is_mixed: bool, expected: str
+) -> None:
+    def sequence_first(t: Tensor) -> Tensor:
+        frames, tokens, _ = t.shape
+        return t.transpose(0, 1).reshape(tokens, frames * 2, C // 2).transpose(0, 1)
+
+    def step(m: Any, video: Tensor) -> Tensor:
+        x = m.patch(video.permute(0, 2, 1, 3, 4).flatten(0, 1)).flatten(2).mT
+        if is_mixed:
+            x = x + x.clone().index_copy_(0, torch.tensor([1, 0, 2]), x)
+        query, key, value = map(sequence_first, m.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(query, key, value)
+
+    (row,) = explained(Model(step), torch.randn(1, 3, 3, H, W))
+    assert (row.reason or row.layout) == expected
+
+
 def flat_frames(x: Tensor) -> Tensor:
     return x.flatten(3)
 

@@ -79,6 +79,11 @@ def _may_be_channels(source: Source, axis: int) -> bool:
     return axis in (source.channels, len(source.extents) - 1)
 
 
+def _hides_rows(array: Cells) -> bool:
+    """Whether what tells channels and heads apart may be frames: some of it is unknown."""
+    return array.shape[-1] > 1 and bool((array == UNKNOWN).any())
+
+
 def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
     shape = tokens.shape
     rank = len(shape)
@@ -91,7 +96,10 @@ def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
                 ()
                 if array is None
                 else _patterns(
-                    array, shape, channels, heads_are_rows and not _may_be_channels(source, i)
+                    array,
+                    shape,
+                    channels,
+                    not _may_be_channels(source, i) and (heads_are_rows or _hides_rows(array)),
                 )
                 for i, array in enumerate(axes)
             ),
