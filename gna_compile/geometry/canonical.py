@@ -70,7 +70,7 @@ def _with_plain_windows(pattern: AttentionPattern) -> AttentionPattern:
         if given is None or not isinstance(grid, GridTokens):
             return given
         axes = [plain(axis) for axis in given.axes(grid.grid)]
-        return None if all(axis.is_full for axis in axes) else _window_of(axes)
+        return None if all(axis.is_full for axis in axes) else Window.of_axes(axes)
 
     return replace(pattern, head_groups=_groups(pattern, window))
 
@@ -166,7 +166,7 @@ def _joined_axis(
         axes = list(given.axes(lengths))
         length = axes[axis].length * axes[axis + 1].length
         axes[axis : axis + 2] = [Axis(length, length)]
-        return _window_of(axes)
+        return Window.of_axes(axes)
 
     return replace(
         pattern, queries=tuple(queries), keys=tuple(keys), head_groups=_groups(pattern, window)
@@ -226,15 +226,6 @@ def _groups(
             ),
         )
         for group in pattern.head_groups
-    )
-
-
-def _window_of(axes: list[Axis]) -> Window:
-    return Window(
-        tuple(axis.window for axis in axes),
-        tuple(axis.stride for axis in axes),
-        tuple(axis.dilation for axis in axes),
-        tuple(axis.causal for axis in axes),
     )
 
 

@@ -48,6 +48,16 @@ class Window:
         object.__setattr__(self, "dilation", self.dilation or (1,) * rank)
         object.__setattr__(self, "causal", self.causal or (False,) * rank)
 
+    @classmethod
+    def of_axes(cls, axes: Sequence[Axis]) -> Window:
+        """The window that these axes have."""
+        return cls(
+            tuple(axis.window for axis in axes),
+            tuple(axis.stride for axis in axes),
+            tuple(axis.dilation for axis in axes),
+            tuple(axis.causal for axis in axes),
+        )
+
     def axes(self, grid: tuple[int, ...]) -> tuple[Axis, ...]:
         """The axes of a grid under this window.
 
@@ -131,13 +141,7 @@ class AttentionPattern:
     @classmethod
     def of_neighborhood(cls, neighborhood: Neighborhood, heads: int) -> AttentionPattern:
         """The pattern of one grid with global tokens around it, the same for all heads."""
-        axes = neighborhood.axes
-        window = Window(
-            tuple(axis.window for axis in axes),
-            tuple(axis.stride for axis in axes),
-            tuple(axis.dilation for axis in axes),
-            tuple(axis.causal for axis in axes),
-        )
+        window = Window.of_axes(neighborhood.axes)
         segments: tuple[Segment, ...] = (
             *_global(neighborhood.prefix),
             GridTokens(neighborhood.grid),
