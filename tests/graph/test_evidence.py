@@ -284,6 +284,62 @@ def test_mixed_frames_stay_mixed_where_heads_and_frames_are_one_dimension(
     assert (row.reason or row.layout) == expected
 
 
+def mean_of_frames(m: Any, frames: Tensor) -> Tensor:
+    return frames.mean(2).flatten(2).mT
+
+
+def frames_as_channels(m: Any, frames: Tensor) -> Tensor:
+    return frames.permute(0, 3, 4, 2, 1).flatten(1, 2).flatten(2)
+
+
+def weighed_frames(m: Any, frames: Tensor) -> Tensor:
+    return m.square(frames_as_channels(m, frames))
+
+
+def frames_in_rows_and_channels(m: Any, frames: Tensor) -> Tensor:
+    """Rows of a batch, each of a frame, in [batch * heads, tokens, head_dim]."""
+    return (
+        frames.repeat_interleave(2, 2)
+        .unflatten(2, (2, -1))
+        .permute(2, 0, 4, 5, 3, 1)[:, 0]
+        .flatten(1, 2)
+        .flatten(2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [(slice(0, 2), "8x12"), (slice(2, 4), "cross-attention"), (slice(1, 3), "cross-attention")],
+)
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize(
+    "pooled", [mean_of_frames, frames_as_channels, weighed_frames, frames_in_rows_and_channels]
+)
+def test_sums_of_some_frames_are_not_sums_of_others(
+    pooled: Step, rank: int, others: slice, expected: str
+) -> None:
+    def step(m: Any, video: Tensor) -> Tensor:
+        x = m.patch(video)
+        query, key = pooled(m, x[:, :, 0:2]), pooled(m, x[:, :, others])
+        if rank == 4:
+            query, key = query[:, None], key[:, None]
+        return F.scaled_dot_product_attention(query, key, key)
+
+    model = Model(step)
+    model.patch, model.square = nn.Conv3d(3, C, (1, 2, 2), (1, 2, 2)), nn.Linear(2 * C, 2 * C)  # type: ignore[assignment]
+    (row,) = explained(model, torch.randn(1, 3, 4, 2 * H, 2 * W))
+    assert (row.reason or row.layout) == expected
+
+
+def test_a_condition_pooled_of_some_tokens_leaves_the_others_theirs() -> None:
+    def step(m: Any, x: Tensor, text: Tensor) -> Tensor:
+        t = m.tokens(x)
+        return m.attention(t * (t[:, 5:].mean(1) + text[:, 1:].mean(1))[:, None])
+
+    (row,) = explained(Model(step), image(), torch.randn(1, 7, C))
+    assert row.layout == "8x12"
+
+
 def flat_frames(x: Tensor) -> Tensor:
     return x.flatten(3)
 

@@ -188,6 +188,10 @@ class Ops:
         """Average pooling of the trailing dimensions."""
         raise NotImplementedError
 
+    def mean(self, x: Tensor, dim: int) -> Tensor:
+        """The mean over a dimension, which is gone."""
+        raise NotImplementedError
+
     def opaque(self, function: Callable[[Tensor], Tensor], x: Tensor, code: int) -> Tensor:
         """An operator that mixes tokens; what becomes of them is not decided here."""
         raise NotImplementedError
@@ -283,6 +287,9 @@ class Values(nn.Module, Ops):
         function: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(size) - 1]
         return function(x, tuple(size))
 
+    def mean(self, x: Tensor, dim: int) -> Tensor:
+        return x.mean(dim)
+
     def opaque(self, function: Callable[[Tensor], Tensor], x: Tensor, code: int) -> Tensor:
         return function(x)
 
@@ -369,6 +376,9 @@ class Identities(Ops):
             x = x.unfold(start + dim, step, step)
         windows = x.flatten(start + rank)
         return self._merged(windows, 1, f"pool{tuple(size)}")[..., 0]
+
+    def mean(self, x: Tensor, dim: int) -> Tensor:
+        return self._merged(x.movedim(dim, -1), 1, f"mean{x.shape[dim]}")[..., 0]
 
     def opaque(self, function: Callable[[Tensor], Tensor], x: Tensor, code: int) -> Tensor:
         shape = function(torch.zeros(x.shape)).shape

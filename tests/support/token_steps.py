@@ -1019,6 +1019,39 @@ def other_keys(m: Maker) -> Step:
     return run
 
 
+@step(0.3, 1.5)
+def frames_pooled(m: Maker) -> Step:
+    """Tokens that are sums of some of the frames, and keys that are sums of others."""
+    before = in_form(m, "btnc")
+    m.need(m.pre + m.post == 0 and m.t > 1)
+    # What a sum of two sources' tokens is, is not decided here.
+    several = {"second_source", "packed_two_images", "two_images"}
+    m.need(not several & {name.split(" ")[0] for name in m.names})
+    by_channels = m.rng.random() < 0.5
+    some, others = m.rng.choice(
+        [((0, 2), (0, 2)), ((0, 2), (0, 2)), ((0, 1), (1, 2)), ((1, 2), (0, 2)), ((0, 2), (0, 1))]
+    )
+    m.say(f"{some} {others}{' in channels' if by_channels else ''}")
+    half = m.t // 2
+    weights = [m.weight(C, C * half * (stop - start)) for start, stop in (some, others)]
+    attend = attention(m)
+    m.form, m.t = "bnc", 1
+
+    def pooled(o: Ops, x: Tensor, part: tuple[int, int], weight: int) -> Tensor:
+        frames = x[:, half * part[0] : half * part[1]]
+        if by_channels:
+            return o.linear(frames.transpose(1, 2).flatten(2), weight)
+        return o.mean(frames, 1)
+
+    def run(o: Ops, s: State) -> State:
+        s = before(o, s)
+        x = pooled(o, s.x, some, weights[0])
+        y = x if others == some else pooled(o, s.x, others, weights[1])
+        return residual(o, replace_x(s, x, t=1), attend(o, x, y, None))
+
+    return run
+
+
 # Wild: order
 
 

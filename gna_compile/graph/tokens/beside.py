@@ -110,7 +110,7 @@ def _positions(beside: Sequence[Lines], start: int, stop: int) -> Iterator[Cells
                 part = pattern[:, start:stop] if pattern.shape[1] > 1 else pattern
                 if (part > NONE).all():
                     yield part
-                elif not (part == UNKNOWN).any() and (part > NONE).any():
+                elif not (part <= UNKNOWN).any() and (part > NONE).any():
                     partial.append((part, i, lines.source.extents[i]))
     for first, i, extent in partial:
         for second, j, _ in partial:

@@ -29,7 +29,11 @@ Cells = npt.NDArray[np.int32]
 NONE = np.int32(-(2**30))
 """There is no token of the source here, or the whole axis was summed over: neutral."""
 UNKNOWN = np.int32(NONE - 1)
-"""Something of the source, but not known which cell, or a mixture of cells."""
+"""Something of the source, but not known which cell, or a mixture of cells.
+
+Smaller numbers are mixtures of known cells, a number for each set of cells (`Source.mixture`). So
+`<= UNKNOWN` is what stands for no single cell.
+"""
 
 MOST_ELEMENTS = 2**26
 _MOST_OF_MIXTURES = 2**20
@@ -54,6 +58,8 @@ class Source:
         splits: for an axis, sizes into which it was split and that were then used as axes.
         node, values: of position ids, the graph's input and its values.
         part_of: the source of which this one is one sample's part, under `vmap`.
+        counts: how many cells it has along each axis, where these are not its extents.
+        mixtures: the number of each set of cells that were summed, by axis and cells.
         serial: sources that were made later have larger ones.
     """
 
@@ -69,6 +75,8 @@ class Source:
     node: fx.Node | None = None
     values: Any = None
     part_of: Source | None = None
+    counts: tuple[int, ...] | None = None
+    mixtures: dict[tuple[int, bytes], np.int32] = field(default_factory=dict, init=False)
     serial: int = field(default_factory=count().__next__, init=False)
 
     @property
@@ -79,6 +87,27 @@ class Source:
     def whole(self) -> Source:
         """The source that this one is a part of, itself if of none."""
         return self if self.part_of is None else self.part_of.whole
+
+    def holds_channels(self, axis: int) -> bool:
+        """Whether an axis holds channels, known or by convention: what is summed is one token."""
+        is_last = axis == len(self.extents) - 1
+        return axis == self.channels or (is_last and not self.is_image)
+
+    def mixture(self, axis: int, cells: Cells) -> np.int32 | None:
+        """The number that stands for a sum of cells of an axis; None if all of them are in it.
+
+        A sum of all cells says nothing, and neither does one of channels, or of positions.
+        """
+        if self.holds_channels(axis) or self.kind == "table":
+            return None
+        distinct = np.unique(cells)
+        if (distinct <= UNKNOWN).any():
+            return UNKNOWN
+        distinct = distinct[distinct > NONE]
+        if len(distinct) == (self.counts or self.extents)[axis]:
+            return None
+        key = axis, distinct.tobytes()
+        return self.mixtures.setdefault(key, np.int32(UNKNOWN - 1 - len(self.mixtures)))
 
 
 Coordinates = tuple[Cells | None, ...]
@@ -150,7 +179,7 @@ def _narrowed(array: Cells, dim: int) -> Cells:
     if is_unknown(array):
         return array
     first, second = array.take([0], dim), array.take([1], dim)
-    if not (first == second).all() or (first == UNKNOWN).any():
+    if not (first == second).all() or (first <= UNKNOWN).any():
         return array
     return first if (array == first).all() else array
 
@@ -172,6 +201,11 @@ def is_unknown(array: Cells) -> bool:
     """Whether an array was made by `unknown`, or is a view of one."""
     is_one = all(s == 0 for s, n in zip(array.strides, array.shape, strict=True) if n > 1)
     return array.size > 1 and is_one and bool(array.flat[0] == UNKNOWN)
+
+
+def is_mixture(array: Cells | None) -> bool:
+    """Whether cells of an axis were summed and none is left: all of them, or the same everywhere."""
+    return array is None or (array.size == 1 and bool((array <= UNKNOWN).all()))
 
 
 # --- reshaping -----------------------------------------------------------------------------------
@@ -322,38 +356,55 @@ def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
 # --- summing -------------------------------------------------------------------------------------
 
 
-def summed(array: Cells, dims: Sequence[int]) -> tuple[Cells | None, bool]:
+def summed(
+    source: Source, axis: int, array: Cells, dims: Sequence[int]
+) -> tuple[Cells | None, bool]:
     """Coordinates of sums over `dims`, which keep size 1, and whether sums became new cells.
 
     An axis along which everything is summed has no coordinate any more. Where each sum takes a
     stretch of an axis and no two stretches overlap (pixels into patches), the first coordinate of
-    its stretch stands for each. Any other mixture is unknown.
+    its stretch stands for each. Where all sums take the same part of an axis, they are that mixture
+    of cells. Any other mixture is unknown.
     """
     dims = tuple(d for d in dims if array.shape[d] > 1)
     if not dims:
         return array, False
     left = [1 if d in dims else n for d, n in enumerate(array.shape)]
     if is_unknown(array):
-        return (unknown(left) if prod(left) > 1 else None), False
+        return (unknown(left) if prod(left) > 1 else _constant(source, axis, array, left)), False
     known = array > NONE
     high = array.max(dims, keepdims=True)
     low = np.where(known, array, np.int32(2**30)).min(dims, keepdims=True)
-    spoiled = (array == UNKNOWN).any(dims, keepdims=True)
+    spoiled = (array <= UNKNOWN).any(dims, keepdims=True)
     empty = (high <= NONE) & ~spoiled
     one = empty | ((low == high) & ~spoiled)
     if one.all():
         return np.where(empty, NONE, low), False
-    if all(n == 1 for d, n in enumerate(array.shape) if d not in dims):
-        return None, False
+    if prod(left) == 1:
+        return _constant(source, axis, array, left), False
     if not spoiled.any():
         full = ~empty
         starts = np.unique(low[full])
         width = int((high - low)[full].max())
-        if len(starts) == 1 and len(np.unique(high[full])) == 1:
-            return None, False
+        if len(starts) == 1 and len(np.unique(high[full])) == 1 and _are_alike(array, dims):
+            return _constant(source, axis, array, left), False
         if len(starts) > 1 and int(np.diff(starts).min()) > width:
             return np.where(empty, NONE, low), True
     return unknown(left), False
+
+
+def _constant(source: Source, axis: int, array: Cells, left: Sequence[int]) -> Cells | None:
+    """The same mixture everywhere."""
+    mixture = source.mixture(axis, array)
+    return None if mixture is None else np.full((1,) * len(left), mixture)
+
+
+def _are_alike(array: Cells, dims: Sequence[int]) -> bool:
+    """Whether all sums over `dims` that take any cells take the same ones."""
+    others = [d for d in range(array.ndim) if d not in dims]
+    terms = array.transpose([*others, *dims]).reshape(prod(array.shape[d] for d in others), -1)
+    terms = np.sort(terms[(terms > NONE).any(1)], axis=1)
+    return bool((terms == terms[:1]).all())
 
 
 def reduced(tokens: Tokens, dims: Sequence[int]) -> Tokens:
@@ -363,12 +414,16 @@ def reduced(tokens: Tokens, dims: Sequence[int]) -> Tokens:
         result: list[Cells | None] = []
         patched: set[int] = set()
         for i, array in enumerate(axes):
-            left, is_patched = (None, False) if array is None else summed(array, dims)
+            left, is_patched = (None, False) if array is None else summed(source, i, array, dims)
             if is_patched:
                 patched.add(i)
             if source.kind == "table" and left is not None and (left == UNKNOWN).any():
                 left = None  # positions that were mixed say nothing more
             result.append(left)
+        batch = 0 if len(result) > 2 else None
+        if all(a is None or a.size == 1 or i == batch for i, a in enumerate(result)):
+            # It tells no tokens apart: pooled, as a condition of all of them is.
+            result = [None if is_mixture(a) else a for a in result]
         cells[source] = tuple(result)
         if len(patched) > 1:  # along one alone: neighbors of a flattened image, channels
             source.spatial |= patched
@@ -385,7 +440,9 @@ def mixed(tokens: Tokens, dims: Sequence[int]) -> Tokens:
     for source, axes in tokens.cells.items():
         channels = {1, len(axes) - 1} if source.is_image else {len(axes) - 1}
         after = left.cells.get(source, (None,) * len(axes))
-        lost = {i for i, a in enumerate(axes) if a is not None and a.size > 1 and after[i] is None}
+        lost = {
+            i for i, a in enumerate(axes) if a is not None and a.size > 1 and is_mixture(after[i])
+        }
         source.is_mixed |= bool(lost - channels)
     return left
 
@@ -400,7 +457,7 @@ def affine(array: Cells, dim: int) -> tuple[Cells, int] | None:
         return (array, 1) if (array > NONE).all() else None
     lines = np.moveaxis(array, dim, -1)
     known = lines > NONE
-    if (lines == UNKNOWN).any() or not known.any():
+    if (lines <= UNKNOWN).any() or not known.any():
         return None
     where = np.nonzero(known.reshape(-1, n).all(0))[0]
     partly = known.reshape(-1, n).any(0)
@@ -435,6 +492,7 @@ __all__ = [
     "expanded",
     "gathered",
     "groups_of",
+    "is_mixture",
     "is_unknown",
     "lattice",
     "merged",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells, Source
-from gna_compile.graph.tokens.rows import Lines
+from gna_compile.graph.tokens.rows import Lines, is_summed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ def order_of(lines: Lines, start: int, stop: int) -> Order:
     for i, axis in enumerate(lines.axes):
         for pattern in axis:
             part = pattern[:, start:stop] if pattern.shape[1] > 1 else pattern
-            if (part == UNKNOWN).any():
+            if (part < UNKNOWN).all() and (part == part[:, :1]).all():
+                continue  # the same mixture behind all of them
+            if (part <= UNKNOWN).any():
                 return Order(source, trouble="some tokens are mixtures of others")
             if (part == NONE).any() and not (part == NONE).all():
                 return Order(
@@ -112,9 +114,9 @@ def _grid(lines: Lines, axes: tuple[int, ...], lengths: tuple[int, ...]) -> tupl
     space = source.spatial - ({0} if rank > 2 else set())
     if source.channels is not None:
         space -= {source.channels}
-    if source.is_image and rank == 5 and not lines.axes[2] and all(lines.axes[3:]):
+    if source.is_image and rank == 5 and is_summed(lines.axes[2]) and _are_there(lines.axes[3:]):
         space |= {3, 4}  # [B, T, C, H, W]
-    elif source.is_image and not lines.axes[1] and all(lines.axes[2:]):
+    elif source.is_image and is_summed(lines.axes[1]) and _are_there(lines.axes[2:]):
         space |= set(range(2, rank))
     known = space & set(axes)
     single = sorted(
@@ -131,6 +133,10 @@ def _grid(lines: Lines, axes: tuple[int, ...], lengths: tuple[int, ...]) -> tupl
         at = next((place for place, (axis, _) in enumerate(result) if axis > i), len(result))
         result.insert(at, (i, 1))
     return tuple(length for _, length in result)
+
+
+def _are_there(axes: Sequence[Sequence[Cells]]) -> bool:
+    return not any(map(is_summed, axes))
 
 
 def _single(lines: Lines) -> set[int]:

@@ -10,7 +10,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells, Source, Tokens, reshaped
+from gna_compile.graph.tokens.cells import (
+    NONE,
+    UNKNOWN,
+    Cells,
+    Source,
+    Tokens,
+    is_mixture,
+    reshaped,
+)
 
 Relation = Literal["self", "cross", "unknown"]
 
@@ -60,7 +68,7 @@ def _mixed(source: Source, axes: Sequence[Cells | None]) -> frozenset[int]:
     channels = source.channels
     if channels is None:
         channels = 1 if source.is_image else rank - 1
-    lost = {i for i, array in enumerate(axes) if array is None and source.extents[i] > 1}
+    lost = {i for i, array in enumerate(axes) if is_mixture(array) and source.extents[i] > 1}
     return frozenset(lost - {0, channels})
 
 
@@ -70,7 +78,7 @@ def _columns(array: Cells | None) -> frozenset[int] | None:
         return None
     return (
         frozenset()
-        if (array == UNKNOWN).any()
+        if (array <= UNKNOWN).any()
         else frozenset(map(int, np.unique(array[array > NONE])))
     )
 
@@ -81,7 +89,7 @@ def _may_be_channels(source: Source, axis: int) -> bool:
 
 def _hides_rows(array: Cells) -> bool:
     """Whether what tells channels and heads apart may be frames: some of it is unknown."""
-    return array.shape[-1] > 1 and bool((array == UNKNOWN).any())
+    return array.shape[-1] > 1 and bool((array <= UNKNOWN).any())
 
 
 def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
@@ -96,6 +104,8 @@ def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
                 ()
                 if array is None
                 else _patterns(
+                    source,
+                    i,
                     array,
                     shape,
                     channels,
@@ -112,25 +122,34 @@ def rows_of(tokens: Tokens, heads_are_rows: bool) -> Rows:
 
 
 def _patterns(
-    array: Cells, shape: tuple[int, ...], channels: Sequence[int], by_heads: bool
+    source: Source,
+    axis: int,
+    array: Cells,
+    shape: tuple[int, ...],
+    channels: Sequence[int],
+    by_heads: bool,
 ) -> tuple[Cells, ...]:
-    """What an axis' coordinates are at the tokens; `by_heads`: they may differ from head to head."""
+    """What an axis' coordinates are at the tokens; `by_heads`: they may differ from head to head.
+
+    What differs between channels alone is summed by the attention: a mixture, as any other sum.
+    """
     rank = len(shape)
     others = [d for d in range(rank) if d not in channels]
     if any(array.shape[d] > 1 for d in channels):
         alone = [d for d in others if d != rank - 3 or by_heads]
         if all(array.shape[d] == 1 for d in alone) and array.shape[-1] > 1:
-            return ()  # it tells channels apart, and heads at most
+            rows = array.reshape(-1, *array.shape[-2:]) if rank == 3 else array[None]
+            return _mixtures(source, axis, rows)  # it tells channels apart, and heads at most
         apart = array.transpose([*others, *channels])
         columns = apart.reshape(*apart.shape[: len(others)], -1)
         known = columns > NONE
-        rows = tuple(range(len(others)))
-        high = columns.max(rows)
-        if (high == np.where(known, columns, np.int32(2**30)).min(rows)).all() and not (
-            columns == UNKNOWN
+        along = tuple(range(len(others)))
+        high = columns.max(along)
+        if (high == np.where(known, columns, np.int32(2**30)).min(along)).all() and not (
+            columns <= UNKNOWN
         ).any():
-            return ()  # the same for all tokens that have it
-        change = (columns[..., 1:] != columns[..., :-1]).any(rows)
+            return _mixtures(source, axis, columns[None])  # the same for all tokens that have it
+        change = (columns[..., 1:] != columns[..., :-1]).any(along)
         picks = [0, *(np.nonzero(change)[0] + 1)]
         distinct: list[Cells] = []
         for i in picks:
@@ -145,6 +164,19 @@ def _patterns(
     outer = tuple(shape[d] for d in others)
     flat = (prod(outer[:-1]), outer[-1])
     return tuple(reshaped(pattern, outer, flat) for pattern in kept)
+
+
+def _mixtures(source: Source, axis: int, rows: Cells) -> tuple[Cells, ...]:
+    """The pattern of cells that are summed, row by row; none where all of them are."""
+    numbers = [source.mixture(axis, row) for row in rows]
+    if all(number is None for number in numbers):
+        return ()
+    return (np.array([[NONE if number is None else number] for number in numbers], np.int32),)
+
+
+def is_summed(axis: Sequence[Cells]) -> bool:
+    """Whether the coordinates of an axis, as `Lines` have them, are mixtures alone, or none."""
+    return all(bool((pattern <= UNKNOWN).all()) for pattern in axis)
 
 
 def relation_of(q: Rows, k: Rows, v: Rows, query: Tokens, key: Tokens) -> Relation:
@@ -212,7 +244,7 @@ def is_lattice(lines: Lines) -> bool:
         return True
     if source.kind == "opaque":
         return any(r.is_image or len(r.spatial) > 1 or is_plane(r) for r in source.all_roots)
-    there = {i for i, axis in enumerate(lines.axes) if axis}
+    there = {i for i, axis in enumerate(lines.axes) if not is_summed(axis)}
     return len(source.spatial & there) > 1 or (len(source.extents) > 3 and len(there - {0}) > 1)
 
 

@@ -121,6 +121,9 @@ class Samples:
         self, source: Source, axes: Coordinates, dim: int, count: int
     ) -> tuple[Source, Coordinates]:
         wide = [None if array is None else np.expand_dims(array, dim) for array in axes]
+        if source in self._wholes or source.serial >= self._begin:
+            # It is another source outside, and mixtures are numbered source by source.
+            wide = [None if a is None else np.maximum(a, UNKNOWN) for a in wide]
         if source in self._wholes:
             whole, offsets = self._wholes[source]
             for i, steps in offsets:
@@ -146,6 +149,7 @@ class Samples:
                 source.all_roots,
                 {axis + 1 for axis in source.spatial},
                 is_mixed=source.is_mixed,
+                counts=(count, *(source.counts or source.extents)),
                 splits={axis + 1: set(sizes) for axis, sizes in source.splits.items()},
             )
         return self._families[source]
@@ -157,7 +161,7 @@ def _one(array: Cells, dim: int) -> tuple[Cells, npt.NDArray[np.int64]] | None:
     lines = np.moveaxis(array, dim, 0)
     if is_unknown(array):
         return unknown(lines.shape[1:]), np.zeros(count, np.int64)
-    spoiled = (lines == UNKNOWN).any(0)
+    spoiled = (lines <= UNKNOWN).any(0)
     missing = lines == NONE
     if (missing.any(0) & ~missing.all(0) & ~spoiled).any():
         return None  # some samples have a token there, and others none

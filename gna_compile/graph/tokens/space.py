@@ -9,6 +9,7 @@ import numpy as np
 
 from gna_compile.graph.tokens.call import Call, Unruled, Value, rule
 from gna_compile.graph.tokens.cells import (
+    NONE,
     UNKNOWN,
     Cells,
     Coordinates,
@@ -133,6 +134,10 @@ def ran_along(call: Call, tokens: Tokens, steps: Sequence[_Along], shape: tuple[
             continue
         stem = call.stem(source, source.extents)
         stem.channels = source.channels
+        stem.counts = tuple(
+            n if array is None else len(np.unique(array[array > NONE]))
+            for array, n in zip(moved, source.extents, strict=True)
+        )
         cells[stem] = tuple(moved)
         stem.spatial |= source.spatial
         _note_space(stem, cells[stem], steps, is_space)
