@@ -340,6 +340,61 @@ def test_a_condition_pooled_of_some_tokens_leaves_the_others_theirs() -> None:
     assert row.layout == "8x12"
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("first", "last"), [("mean", "zeros"), ("zeros", "mean"), ("mean", "mean")]
+)
+def test_a_mean_of_all_tokens_is_a_global_token(first: str, last: str, batch: int) -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        t = m.tokens(x)
+        tokens = {"mean": t.mean(1, keepdim=True), "zeros": torch.zeros(t.shape[0], 1, C)}
+        return m.attention(torch.cat([tokens[first], t, tokens[last]], 1))
+
+    (row,) = explained(Model(step), image(batch))
+    assert row.layout == "1 + 8x12 + 1"
+
+
+def shuffled_pixels(m: Any, flat: Tensor, x: Tensor) -> Tensor:
+    """A flat sequence viewed as a plane, each of its places split into four."""
+    plane = flat.unflatten(1, (H // 2, W // 2)).unflatten(-1, (2, 2, C))
+    tokens = plane.permute(0, 1, 3, 2, 4, 5).reshape(1, H * W, C)
+    return m.attention(torch.cat([tokens, m.tokens(x)], 1))
+
+
+def text_before(m: Any, flat: Tensor, x: Tensor) -> Tensor:
+    return m.attention(torch.cat([flat[..., :C], m.tokens(x)], 1))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(shuffled_pixels, "layout-unknown"), (text_before, "24 + 8x12")]
+)
+def test_what_was_viewed_as_a_plane_is_no_global_token(step: Step, expected: str) -> None:
+    (row,) = explained(Model(step), torch.randn(1, H * W // 4, 4 * C), image())
+    assert (row.reason or row.layout) == expected
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        (lambda video, image: video[:, :, 0] + image, "3x8x12"),
+        (
+            lambda video, image: video[:, :, 0] + F.pad(image[..., -1:, -1:], (0, W - 1, 0, H - 1)),
+            "",
+        ),
+        (lambda video, image: video[:, :, 0] + image[..., 2:3, 2:3], ""),
+    ],
+)
+def test_a_lattice_is_added_to_whole_slices_of_another(added: Any, expected: str) -> None:
+    def step(m: Any, video: Tensor, x: Tensor) -> Tensor:
+        first = added(video, x)[:, :, None]
+        return m.attention(m.volume(torch.cat([first, video[:, :, 1:]], 2)).flatten(2).mT)
+
+    model = Model(step)
+    model.volume = nn.Conv3d(3, C, 1)
+    (row,) = explained(model, torch.randn(1, 3, 3, H, W), image())
+    assert row.layout == expected
+
+
 def flat_frames(x: Tensor) -> Tensor:
     return x.flatten(3)
 

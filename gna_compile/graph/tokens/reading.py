@@ -158,6 +158,7 @@ def _doubted(
                 line.source.whole is main.whole
                 or (line.source.kind == "opaque" and line.source.all_roots & main.all_roots)
                 or is_lattice(line)
+                or _goes_back(line, cuts[j], cuts[j + 1])
                 for line in there
             ) or _has_placed_ids(q, cuts, j):
                 found[i] = replace(run, grid=None, doubt=why)
@@ -166,6 +167,12 @@ def _doubted(
     )
     for run in found:
         yield replace(run, grid=None, doubt=why) if run.grid and is_lost else run
+
+
+def _goes_back(lines: Lines, start: int, stop: int) -> bool:
+    """Whether places in a flat sequence do not rise along the run: it was viewed as a plane."""
+    parts = (p[:, start:stop] for axis in lines.axes for p in axis if p.shape[1] > 1)
+    return any(bool(((np.diff(p) < 0) & (p[:, 1:] > NONE)).any()) for p in parts)
 
 
 def _has_placed_ids(q: Rows, cuts: Sequence[int], run: int) -> bool:
@@ -206,11 +213,14 @@ def _run(
     lattices = [lines for lines in adding if is_lattice(lines)]
     if len(lattices) > 1 and len({present[lines.source].tobytes() for lines in lattices}) > 1:
         return Run(size, doubt="the tokens come from several lattices", has_tokens=True), None
+    added: list[Order] = []
     for lines in adding:
         there = start + np.nonzero(present[lines.source][start:stop])[0]
         part = order_of(lines, int(there[0]), int(there[-1]) + 1)
         if part.trouble:
             orders.append(part)
+        elif is_lattice(lines):
+            added.append(part)
     for order in orders:
         if order.trouble:
             known, unknown = (order.trouble, "") if order.is_known else ("", order.trouble)
@@ -225,7 +235,12 @@ def _run(
     everything = [lines for lines in q.values() if lines.varies()]
     sources = {lines.source for lines in own}
     extra = [lines for lines in everything if lines.source not in sources]
-    doubt = _several_lattices(orders) or _reordered(own, extra) or _summed_away(best, own, v)
+    doubt = (
+        _several_lattices(orders)
+        or _added_elsewhere(best, added)
+        or _reordered(own, extra)
+        or _summed_away(best, own, v)
+    )
     if run.grid is not None and len(run.grid) > MAX_AXES:
         doubt = doubt or f"the tokens lie on {len(run.grid)} axes, {times(run.grid)}"
     if doubt:
@@ -256,6 +271,14 @@ def _several_lattices(orders: Sequence[Order]) -> str:
     return f"the tokens are used as {' and as '.join(sorted(map(times, lattices)))}" * (
         len(lattices) > 1
     )
+
+
+def _added_elsewhere(order: Order, added: Sequence[Order]) -> str:
+    """What is wrong if a lattice was added to some tokens only, and not to whole slices of theirs."""
+    for part in added:
+        if not part.lengths or part.lengths != order.lengths[-len(part.lengths) :]:
+            return f"cells of `{part.source.name}` were added to some of the tokens"
+    return ""
 
 
 def _summed_away(order: Order, own: Sequence[Lines], v: Rows) -> str:

@@ -224,9 +224,15 @@ def _compare(one: Lines | None, other: Lines | None) -> Relation:
 
 
 def presence(lines: Lines, n: int) -> npt.NDArray[np.int8]:
-    """For each token 1 if the source stands behind it, 2 if in some rows of the batch only."""
+    """For each token 1 if the source stands behind it, 2 if in some rows of the batch only.
+
+    Where only the batch row is known all tokens of the row were summed: that is none of them.
+    """
     mask = np.zeros(n, np.int8)
-    for axis in lines.axes:
+    axes = lines.axes
+    if len(axes) > 2 and any(p.shape[1] > 1 for axis in axes[1:] for p in axis):
+        axes = axes[1:]
+    for axis in axes:
         for pattern in axis:
             if pattern.shape[1] > 1:
                 known = pattern != NONE
