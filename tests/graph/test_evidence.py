@@ -395,6 +395,33 @@ def test_a_lattice_is_added_to_whole_slices_of_another(added: Any, expected: str
     assert row.layout == expected
 
 
+@pytest.mark.parametrize(
+    ("added", "to", "expected"),
+    [
+        (slice(0, 2), slice(1, 3), "3x8x12"),
+        (slice(0, 1), slice(2, 3), "3x8x12"),
+        (slice(0, 2), slice(0, 3, 2), ""),
+    ],
+)
+def test_frames_are_added_to_some_frames(added: slice, to: slice, expected: str) -> None:
+    def step(m: Any, video: Tensor, pose: Tensor) -> Tensor:
+        frames = m.volume(video)
+        frames = torch.slice_scatter(
+            frames,
+            frames[:, :, to] + m.other(pose[:, :, added]),
+            2,
+            to.start,
+            to.stop,
+            to.step or 1,
+        )
+        return m.attention(frames.flatten(2).mT)
+
+    model = Model(step)
+    model.volume, model.other = nn.Conv3d(3, C, 1), nn.Conv3d(3, C, 1)
+    (row,) = explained(model, torch.randn(1, 3, 3, H, W), torch.randn(1, 3, 2, H, W))
+    assert row.layout == expected
+
+
 def flat_frames(x: Tensor) -> Tensor:
     return x.flatten(3)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -213,14 +214,14 @@ def _run(
     lattices = [lines for lines in adding if is_lattice(lines)]
     if len(lattices) > 1 and len({present[lines.source].tobytes() for lines in lattices}) > 1:
         return Run(size, doubt="the tokens come from several lattices", has_tokens=True), None
-    added: list[Order] = []
+    added: list[tuple[Order, int]] = []
     for lines in adding:
         there = start + np.nonzero(present[lines.source][start:stop])[0]
         part = order_of(lines, int(there[0]), int(there[-1]) + 1)
         if part.trouble:
             orders.append(part)
         elif is_lattice(lines):
-            added.append(part)
+            added.append((part, int(there[0]) - start))
     for order in orders:
         if order.trouble:
             known, unknown = (order.trouble, "") if order.is_known else ("", order.trouble)
@@ -273,10 +274,18 @@ def _several_lattices(orders: Sequence[Order]) -> str:
     )
 
 
-def _added_elsewhere(order: Order, added: Sequence[Order]) -> str:
-    """What is wrong if a lattice was added to some tokens only, and not to whole slices of theirs."""
-    for part in added:
-        if not part.lengths or part.lengths != order.lengths[-len(part.lengths) :]:
+def _added_elsewhere(order: Order, added: Sequence[tuple[Order, int]]) -> str:
+    """What is wrong if a lattice was added to some tokens only, and not to whole slices of theirs.
+
+    Args:
+        order: of the tokens.
+        added: the order of each lattice, and the first of the tokens that it was added to.
+    """
+    for part, first in added:
+        ours = order.lengths[-len(part.lengths) :] if part.lengths else ()
+        inner = part.lengths[1:] or part.lengths  # frames of a video, or one whole row
+        are_slices = part.lengths and part.lengths[0] <= ours[0] and inner == ours[-len(inner) :]
+        if not are_slices or first % prod(inner):
             return f"cells of `{part.source.name}` were added to some of the tokens"
     return ""
 
