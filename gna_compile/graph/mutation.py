@@ -85,7 +85,9 @@ def _written(node: fx.Node) -> Sequence[Any]:
         harmless = modules and not any(getattr(m, "inplace", False) for m in modules)
         return () if harmless else node.all_input_nodes
     name = str(target) if node.op == "call_method" else getattr(target, "__name__", "")
-    in_place = target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    is_operator = getattr(target, "__module__", "") == "_operator"  # of which `and_` is no `and`
+    named_so = name.endswith("_") and not name.endswith("__") and not is_operator
+    in_place = target in _IN_PLACE or named_so
     if node.op == "call_method":
         in_place |= name == "__setitem__" or (name.startswith("__i") and name not in _NOT_IN_PLACE)
     else:

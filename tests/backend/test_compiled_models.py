@@ -15,9 +15,7 @@ import torch
 from masked_model import masked
 from model_masks import POLICY, masks_of
 from models import (
-    MASKED_ON_OLD_TORCH,
     MODELS,
-    OLD_TORCH,
     TRUE_LAYOUTS,
     Built,
     build,
@@ -63,8 +61,6 @@ def compiled(built: Built, policy: Any = POLICY, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_decisions(name: str) -> None:
-    if OLD_TORCH and name in MASKED_ON_OLD_TORCH:
-        pytest.skip("transformers gives it a mask under this torch")
     built = build(name)
     explanation = gna_compile.explain(built.model, policy=POLICY, quiet=True, **built.inputs)
     assert explanation.rows
@@ -111,8 +107,6 @@ def test_numbers_under_inductor(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "clip", "timm-vit"])
 def test_unfused_attention(name: str) -> None:
-    if OLD_TORCH and name in MASKED_ON_OLD_TORCH:
-        pytest.skip("transformers gives it a mask under this torch")
     fused, written = build(name), build(name, written_out=True)
     explanation = gna_compile.explain(written.model, policy=POLICY, quiet=True, **written.inputs)
     assert {row.form for row in explanation.rows} == {"unfused"}

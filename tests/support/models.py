@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 __all__ = [
     "HIDDEN_TEXT",
-    "MASKED_ON_OLD_TORCH",
     "MODELS",
     "OLD_TORCH",
     "TEXT",
@@ -37,11 +36,6 @@ __all__ = [
 ]
 
 OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
-MASKED_ON_OLD_TORCH = frozenset(
-    ("deit", "depth-anything", "dinov2", "dinov2-registers", "ijepa", "vit", "vivit")
-)
-"""Under torch 2.11 transformers hands these a mask that hides nothing, so they stay dense."""
-
 MODELS: dict[str, Recipe] = {
     **models_image.RECIPES,
     **models_video.RECIPES,

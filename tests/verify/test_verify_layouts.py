@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MASKED_ON_OLD_TORCH, OLD_TORCH, Built, build, flux_ids, inputs_for, main_output
+from models import Built, build, flux_ids, inputs_for, main_output
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils.checkpoint import checkpoint
@@ -155,8 +155,6 @@ def forged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ],
 )
 def test_real_models_pass(name: str, said: Callable[[], tuple[int, int, list[str]]]) -> None:
-    if OLD_TORCH and name in MASKED_ON_OLD_TORCH:
-        pytest.skip("transformers gives it a mask under this torch")
     built = _built(name)
     expected = built.run(verified(built.model, verify=None))
     torch._dynamo.reset()
