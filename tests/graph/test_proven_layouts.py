@@ -154,6 +154,11 @@ def repeated_tokens(m: Any, x: Tensor) -> Tensor:
     return m.attention(m.tokens(x).repeat_interleave(2, 1))
 
 
+def sorted_by_equal_numbers(m: Any, x: Tensor) -> Tensor:
+    """What an unstable sort does to equal numbers differs from device to device."""
+    return m.attention(m.tokens(x)[:, (torch.arange(H * W) // W).argsort()])
+
+
 def codebooks(m: Any, codes: Tensor) -> Tensor:
     """[batch, length, codebooks]: interleaved into one sequence, which is no image."""
     return m.attention(m.words[codes].flatten(1, 2))
@@ -194,6 +199,7 @@ TENSORS = {
         (sum_over_tokens, [image()]),
         (repeated_tokens, [image()]),
         (codebooks, [torch.randint(10, (1, 24, 4))]),
+        (sorted_by_equal_numbers, [image()]),
     ],
 )
 def test_tokens_off_the_raster(step: Any, inputs: list[Tensor]) -> None:
@@ -215,6 +221,10 @@ def test_two_images_of_one_size_are_no_video() -> None:
 
 
 # What is on its grid all the same
+
+
+def sorted_by_equal_numbers_in_order(m: Any, x: Tensor) -> Tensor:
+    return m.attention(m.tokens(x)[:, (torch.arange(H * W) // W).argsort(stable=True)])
 
 
 def split_and_joined(m: Any, x: Tensor) -> Tensor:
@@ -269,6 +279,7 @@ def flat_projection(m: Any, x: Tensor) -> Tensor:
         (split_and_joined, [image()], (H, W), 0),
         (order_undone, [image()], (H, W), 0),
         (reordered_by_numbers, [image()], (H, W), 0),
+        (sorted_by_equal_numbers_in_order, [image()], (H, W), 0),
         (written_in_halves, [image()], (H, W), 0),
         (pooled_token_before, [image()], (H, W), 1),
         (two_images_in_a_batch, [image(), image()], (H, W), 0),

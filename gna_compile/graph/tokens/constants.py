@@ -175,6 +175,8 @@ class _Evaluation:
         kwargs = {key: self._argument(item) for key, item in node.kwargs.items()}
         if "device" in kwargs or name in ("arange", "zeros", "ones", "full", "eye"):
             kwargs["device"] = torch.device("cpu")
+        if name in ("sort", "argsort"):
+            _hold_distinct(*args, **kwargs)
         if node.op == "call_method":
             owner, *rest = args
             return getattr(owner, str(node.target))(*rest, **kwargs)
@@ -217,6 +219,15 @@ class _FixedSizes(Sizes):
         if not isinstance(size, int):
             raise Unknown
         return size
+
+
+def _hold_distinct(values: torch.Tensor, dim: Any = -1, *_: Any, **kwargs: Any) -> None:
+    """Refuses to sort equal numbers: what comes first of them may differ from device to device."""
+    along = kwargs.get("dim", dim)
+    if not kwargs.get("stable") and bool(
+        (values.sort(dim=along).values.diff(dim=along) == 0).any()
+    ):
+        raise Unknown
 
 
 def _is_written(node: fx.Node) -> bool:
