@@ -80,7 +80,14 @@ def covers(lines: Lines, start: int, stop: int) -> bool:
 
 
 def _grid_of_tables(beside: Sequence[Lines], start: int, stop: int) -> tuple[int, ...] | None:
-    """The grid that counted positions show: rows in one table, columns in another."""
+    """The grid that counted positions show: rows in one table, columns in another.
+
+    tokens              x0  x1  x2  x3  x4  x5
+    channels 0 .. 7      0   0   0   1   1   1     rows: 2
+    channels 8 .. 15     0   1   2   0   1   2     columns: 3
+
+    A table that counts all tokens one by one, as that of text does, shows nothing.
+    """
     n = stop - start
     vectors: list[npt.NDArray[np.int64]] = []
     for pattern in _positions(beside, start, stop):

@@ -9,9 +9,10 @@ import torch
 from gna_compile import _torch
 from gna_compile.graph.nodes import tensor_of
 from gna_compile.graph.tokens.call import RULES, Call, Rule, Unruled, Value, rule
-from gna_compile.graph.tokens.cells import Tokens, elementwise, mixed, reduced
+from gna_compile.graph.tokens.cells import Tokens, elementwise
 from gna_compile.graph.tokens.movement import inserted, permuted, removed, sliced, widened
 from gna_compile.graph.tokens.picking import picked
+from gna_compile.graph.tokens.sums import mixed, reduced
 
 
 def rule_for(name: str) -> Rule | None:

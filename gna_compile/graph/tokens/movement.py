@@ -119,7 +119,13 @@ def note_patches(tokens: Tokens) -> None:
 
 
 def note_split(source: Source, axis: int, array: Cells, dims: Sequence[int]) -> None:
-    """Notes that an axis is used as the axes `dims`, if it is their raster from end to end."""
+    """Notes that an axis is used as the axes `dims`, if it is their raster from end to end.
+
+    tokens [B, 6, C]  ->  unflatten(1, (2, 3))  ->  a convolution or the model's output image
+
+    0 1 2 3 4 5           0 1 2                     the axis holds 2 x 3
+                          3 4 5
+    """
     sizes = tuple(array.shape[d] for d in dims)
     whole = array.reshape(-1)
     if whole.size == source.extents[axis] and (whole == np.arange(whole.size)).all():

@@ -79,7 +79,13 @@ def relative(part: Cells, n: int) -> npt.NDArray[np.int64] | None:
 
 
 def raster_of(vectors: Sequence[npt.NDArray[np.int64]], n: int) -> list[tuple[int, int]] | None:
-    """Which vector is which axis of a raster of n cells, slowest first, and its length."""
+    """Which vector is which axis of a raster of n cells, slowest first, and its length.
+
+    Each axis repeats its steps with a period of its own; periods must divide up the run:
+
+        rows      0 0 0 0 | 2 2 2 2      period 4: 8 / 4 = 2 rows
+        columns   0 1 2 3 | 0 1 2 3      period 1: 4 / 1 = 4 columns
+    """
     if not vectors:
         return [] if n == 1 else None
     periods = [int(np.argmax(vector != 0)) for vector in vectors]

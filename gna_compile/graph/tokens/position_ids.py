@@ -57,8 +57,14 @@ def runs_from_ids(ids: torch.Tensor) -> tuple[tuple[int, int], ...]:
 
     Columns are (t, h, w) or (t, h, w, l). The first one tells images apart (a model for image
     editing gives its reference images other values), so it is no axis: a new image begins where it
-    changes. Every value is checked: within an image h and w must count up in equal steps in raster
-    order, from any first value, and nothing else may change.
+    changes:
+
+        t   0 0 0 0 0 0 | 1 1 1 1
+        h   0 0 0 1 1 1 | 0 0 1 1     an image of 2 x 3, then one of 2 x 2
+        w   0 1 2 0 1 2 | 0 1 0 1
+
+    Every value is checked: within an image h and w must count up in equal steps in raster order,
+    from any first value, and nothing else may change.
 
     Args:
         ids: as for `grid_from_ids`.

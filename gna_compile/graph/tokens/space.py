@@ -1,4 +1,19 @@
-"""Operators that run along axes of space or time: convolutions, pooling, resampling."""
+"""Operators that run along axes of space or time: convolutions, pooling, resampling.
+
+They are the strongest evidence of axes. A patch embedding of 2 x 2 pixels has a kernel along two
+dimensions, so it shows two axes; its stem keeps the places of its first pixels:
+
+    image [1, C, 4, 6]          stem [1, C, 2, 3]: row, column
+
+      a b | c d | e f             0,0  0,2  0,4        flatten(2)
+      g h | i j | k l     ->      2,0  2,2  2,4        0,0 0,2 0,4 2,0 2,2 2,4
+     -----+-----+-----
+      m n | o p | q r           rows 0, 2 and columns 0, 2, 4: a raster of 2 x 3
+      s t | u v | w x
+
+A kernel of (3, 1) over [frames, height * width] is used along the frames alone: it shows no axes,
+as a flattened image may lie along the other dimension.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +32,9 @@ from gna_compile.graph.tokens.cells import (
     Tokens,
     affine,
     gathered,
-    mixed,
 )
 from gna_compile.graph.tokens.movement import note_split
+from gna_compile.graph.tokens.sums import mixed
 
 
 @dataclass(frozen=True)
