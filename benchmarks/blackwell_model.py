@@ -65,14 +65,14 @@ RUNS = {
 class Step(NamedTuple):
     """What one warp of the softmax does for a key tile: instructions by name."""
 
-    interior: Counter[str]
-    boundary: Counter[str]
+    full: Counter[str]
+    partial: Counter[str]
 
     def cycles(self, pipe: str) -> int:
         """Of a quarter, for both halves' warps, on a full block."""
         return 2 * sum(
             count * PIPES.get(name, ALU)
-            for name, count in self.interior.items()
+            for name, count in self.full.items()
             if PIPE_NAMES.get(name, "other") == pipe
         )
 
@@ -88,9 +88,9 @@ def step_of(head_dim: int) -> Step:
     paths = [Counter(_name(line) for line in path) for path in _paths(code, labels, start)]
     # The weights of a tile, some exponentials by polynomial; no new offset.
     steps = [p for p in paths if p["STTM"] == 4 and p["LDTM"] == 4 and p["MUFU"] < KEYS]
-    interior = min((p for p in steps if p["FSEL"] < KEYS), key=Counter.total)
-    boundary = min((p for p in steps if p["FSEL"] >= KEYS), key=Counter.total)
-    return Step(interior, boundary)
+    full = min((p for p in steps if p["FSEL"] < KEYS), key=Counter.total)
+    partial = min((p for p in steps if p["FSEL"] >= KEYS), key=Counter.total)
+    return Step(full, partial)
 
 
 def _machine_code(head_dim: int) -> tuple[list[str], dict[str, int]]:
@@ -170,16 +170,16 @@ def costs_of(head_dim: int, step: Step) -> Costs:
     tile_bytes = KEYS * head_dim * 2
     # Either half reads both factors of S, and V; keys and values are written.
     shared = (2 * 3 * tile_bytes + 2 * tile_bytes) / SHARED_BYTES
-    alone = max(step.cycles("exponentials"), step.cycles("FMA"), 2 * step.interior.total()) / 2
-    largest = step.interior["FMNMX3"] * ALU
+    alone = max(step.cycles("exponentials"), step.cycles("FMA"), 2 * step.full.total()) / 2
+    largest = step.full["FMNMX3"] * ALU
     # P·V starts after three quarters of P.
     chain = 2 * product + largest + alone * 3 / 4 + HOPS
-    masked = step.boundary - step.interior
+    masked = step.partial - step.full
     return Costs(
         4 * product,
         step.cycles("exponentials"),
         step.cycles("FMA"),
-        2 * step.interior.total(),
+        2 * step.full.total(),
         shared,
         chain,
         masked.total() * ALU,
@@ -188,7 +188,7 @@ def costs_of(head_dim: int, step: Step) -> Costs:
 
 def milliseconds(cut: Plan, costs: Costs) -> float:
     tiles = cut.grid.query_tiles + cut.globals.query_tiles
-    cycles = tiles * START + cut.visited * costs.period + cut.boundary * costs.mask
+    cycles = tiles * START + cut.visited * costs.period + cut.partial * costs.mask
     waves = -(-tiles * cut.workload.heads // UNITS)
     longest = max(cut.grid.visited.max, cut.globals.visited.max) * costs.period
     return max(waves * cycles / tiles, longest) / CLOCK * 1e-6
@@ -202,7 +202,7 @@ def main() -> None:
         costs[head_dim] = costs_of(head_dim, step)
     for field in (*Costs._fields, "period"):
         print(_row((field, *(f"{getattr(costs[d], field):.0f}" for d in (64, 128)))))
-    for kind in ("interior", "boundary"):
+    for kind in ("full", "partial"):
         for head_dim, step in steps.items():
             counted = getattr(step, kind)
             most = ", ".join(f"{count} {name}" for name, count in counted.most_common(9))

@@ -88,7 +88,7 @@ class Launch(NamedTuple):
     units: int
     clock: float
 
-    def milliseconds(self, rows: int, visited: int, boundary: int, longest: int) -> float:
+    def milliseconds(self, rows: int, visited: int, partial: int, longest: int) -> float:
         """Predicted time.
 
         Query tiles are distributed over the SMs one by one. The time is the number of waves times
@@ -96,9 +96,9 @@ class Launch(NamedTuple):
 
         Args:
             rows: query tiles of one head.
-            visited, boundary: key tiles, summed over them.
+            visited, partial: key tiles, summed over them.
             longest: the most key tiles that one of them visits.
         """
-        cycles = rows * self.row + visited * self.tile + boundary * self.mask
+        cycles = rows * self.row + visited * self.tile + partial * self.mask
         waves = -(-rows * self.heads // self.units)
         return max(waves * cycles / rows, longest * self.tile) / self.clock * 1e-6

@@ -8,7 +8,7 @@ extents of the boxes, whatever the length of the axis.
 
 A query tile *visits* the key tiles that meet its union box. A visited key tile is a
 *full* block, and needs no mask, if it lies wholly inside the intersection box; otherwise it is a
-*partial* block. Names here are the paper's: `interior` and `boundary`.
+*partial* block. The GNA paper calls them interior and boundary tiles.
 Key tiles start at the union box (`dynamic`) or lie on a fixed grid (`static`); the words and both
 tilings are those of Generalized Neighborhood Attention (arXiv 2504.16922).
 """
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     """`times` x `length` query tiles; within one run of `length` both counts grow by `step`."""
 
     visited: int
-    interior: int
+    full: int
     step: int
     length: int
     times: int
@@ -56,24 +56,24 @@ class AxisCounts:
 
     Attributes:
         query_tiles: how many query tiles there are.
-        visited, interior: sums over them.
+        visited, full: sums over them.
         most: the most key tiles that one of them visits.
         runs: the kinds of query tiles.
     """
 
     query_tiles: int
     visited: int
-    interior: int
+    full: int
     most: int
     runs: tuple[Run, ...]
 
     @property
     def extremes(self) -> frozenset[tuple[int, int]]:
-        """(visited, interior) at the ends of the runs; a multilinear function peaks at these."""
+        """(visited, full) at the ends of the runs; a multilinear function peaks at these."""
         ends = set()
         for run in self.runs:
             grown = run.step * (run.length - 1)
-            ends |= {(run.visited, run.interior), (run.visited + grown, run.interior + grown)}
+            ends |= {(run.visited, run.full), (run.visited + grown, run.full + grown)}
         return frozenset(ends)
 
 
@@ -94,7 +94,7 @@ def axis_counts(
     return AxisCounts(
         query_tiles=sum(run.times * run.length for run in runs),
         visited=sum(_total(run, run.visited) for run in runs),
-        interior=sum(_total(run, run.interior) for run in runs),
+        full=sum(_total(run, run.full) for run in runs),
         most=max(run.visited + run.step * (run.length - 1) for run in runs),
         runs=runs,
     )
@@ -203,8 +203,8 @@ class Counts:
 
     query_tiles: int
     visited: Tally
-    interior: Tally
-    boundary: Tally
+    full: Tally
+    partial: Tally
 
     @classmethod
     def of(cls, query_tiles: int, *tallies: tuple[int, int]) -> Counts:
@@ -239,31 +239,31 @@ def grid_counts(
         for values in zip(neighborhood.axes, query_box, key_box, strict=True)
     ]
     tiles = math.prod(axis.query_tiles for axis in axes)
-    visited, interior = global_key_tiles(neighborhood, math.prod(key_box))
-    interior = 0 if key_mask else interior
-    boundary = visited - interior
-    most_interior = math.prod(max(i for _, i in axis.extremes) for axis in axes)
-    most_boundary = max(v - i for v, i in _products([axis.extremes for axis in axes]))
+    visited, full = global_key_tiles(neighborhood, math.prod(key_box))
+    full = 0 if key_mask else full
+    partial = visited - full
+    most_full = math.prod(max(i for _, i in axis.extremes) for axis in axes)
+    most_partial = max(v - i for v, i in _products([axis.extremes for axis in axes]))
     grid_visited = math.prod(axis.visited for axis in axes)
-    grid_interior = math.prod(axis.interior for axis in axes)
+    grid_full = math.prod(axis.full for axis in axes)
     return Counts.of(
         tiles,
         (grid_visited + tiles * visited, math.prod(axis.most for axis in axes) + visited),
-        (grid_interior + tiles * interior, most_interior + interior),
-        (grid_visited - grid_interior + tiles * boundary, most_boundary + boundary),
+        (grid_full + tiles * full, most_full + full),
+        (grid_visited - grid_full + tiles * partial, most_partial + partial),
     )
 
 
 def _products(axes: Sequence[frozenset[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """(visited, interior) of the grid's tiles, without those that cannot have most partial blocks."""
+    """(visited, full) of the grid's tiles, without those that cannot have most partial blocks."""
     products = [(1, 1)]
     for axis in axes:
         every = {(v * a, i * b) for v, i in products for a, b in axis}
         products, fewest = [], math.inf
-        for visited, interior in sorted(every, key=lambda pair: (-pair[0], pair[1])):
-            if interior < fewest:
-                products.append((visited, interior))
-                fewest = interior
+        for visited, full in sorted(every, key=lambda pair: (-pair[0], pair[1])):
+            if full < fewest:
+                products.append((visited, full))
+                fewest = full
     return products
 
 
@@ -276,17 +276,17 @@ def global_counts(
     """
     _check(neighborhood, key_box, "key box")
     tiles = sum(-(-part // query_tile) for part in (neighborhood.prefix, neighborhood.suffix))
-    visited, interior = global_key_tiles(neighborhood, math.prod(key_box))
-    interior = 0 if key_mask else interior
+    visited, full = global_key_tiles(neighborhood, math.prod(key_box))
+    full = 0 if key_mask else full
     all_tiles, whole_tiles = 1, 1
     for axis, extent in zip(neighborhood.axes, key_box, strict=True):
         every, whole = axis_key_tiles(axis, extent)
         all_tiles, whole_tiles = all_tiles * every, whole_tiles * whole
-    visited, interior = visited + all_tiles, interior + whole_tiles
+    visited, full = visited + all_tiles, full + whole_tiles
     if tiles == 0:
-        visited = interior = 0
-    boundary = visited - interior
-    return Counts.of(tiles, *((tiles * count, count) for count in (visited, interior, boundary)))
+        visited = full = 0
+    partial = visited - full
+    return Counts.of(tiles, *((tiles * count, count) for count in (visited, full, partial)))
 
 
 def global_key_tiles(neighborhood: Neighborhood, extent: int) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def _block_sparse(axes: tuple[Axis, ...], architecture: str, tiling: Tiling) -> 
         for query in extents:
             for key in extents:
                 counts = axis_counts(axis, query, key, tiling)
-                if counts.visited == counts.interior:
+                if counts.visited == counts.full:
                     maskless.add((query, key))
         reached = {(q * query, k * key) for q, k in reached for query, key in maskless}
     return bool(tiles & reached)

@@ -93,16 +93,16 @@ class Plan:
         return self.grid.visited.sum + self.globals.visited.sum
 
     @property
-    def boundary(self) -> int:
+    def partial(self) -> int:
         """Those among them that need a mask."""
-        return self.grid.boundary.sum + self.globals.boundary.sum
+        return self.grid.partial.sum + self.globals.partial.sum
 
     @property
     def is_block_sparse(self) -> bool:
         """Whether the window alone never needs a mask (a partial tile of global keys may)."""
         every, full = global_key_tiles(self.workload.neighborhood, self.key_tile)
         partial = every if self.workload.key_mask else every - full
-        return self.grid.boundary.sum == partial * self.grid.query_tiles
+        return self.grid.partial.sum == partial * self.grid.query_tiles
 
 
 def plan(workload: Workload, architecture: str = "sm90", tiling: Tiling = "dynamic") -> Plan:
@@ -174,7 +174,7 @@ def _with(
     time = _launch(workload, architecture, math.prod(query_box), key_box).milliseconds(
         grid.query_tiles + rows.query_tiles,
         grid.visited.sum + rows.visited.sum,
-        grid.boundary.sum + rows.boundary.sum,
+        grid.partial.sum + rows.partial.sum,
         max(grid.visited.max, rows.visited.max),
     )
     return Plan(workload, architecture.name, query_box, key_box, tiling, grid, rows, time)
@@ -216,17 +216,17 @@ def _cheapest(
     best: tuple[float, Box, Box] = (math.inf, (), ())
     for query_box in query_boxes:
         for key_box, launch, rows in key_boxes:
-            tiles = visited = interior = most = 1
+            tiles = visited = full = most = 1
             for table, extents in zip(tables, zip(query_box, key_box, strict=True), strict=True):
                 counts = table[extents]
                 tiles *= counts.query_tiles
                 visited *= counts.visited
-                interior *= counts.interior
+                full *= counts.full
                 most *= counts.most
             time = launch.milliseconds(
                 tiles + rows.query_tiles,
                 visited + tiles * global_keys + rows.visited.sum,
-                visited - interior + tiles * masked_globals + rows.boundary.sum,
+                visited - full + tiles * masked_globals + rows.partial.sum,
                 max(most + global_keys, rows.visited.max),
             )
             if time < best[0]:

@@ -42,9 +42,9 @@ def flat_counts(
         _row(neighborhood, range(start, min(start + query_tile, tokens)), key_tile, tiling)
         for start in range(0, tokens, query_tile)
     ]
-    visited, interior = zip(*rows, strict=True)
-    boundary = [v - i for v, i in rows]
-    tallies = ((sum(count), max(count)) for count in (visited, interior, boundary))
+    visited, full = zip(*rows, strict=True)
+    partial = [v - i for v, i in rows]
+    tallies = ((sum(count), max(count)) for count in (visited, full, partial))
     return Counts.of(len(rows), *tallies)
 
 

@@ -11,7 +11,7 @@ from gna_compile.geometry import Axis
 from gna_compile.planner import Plan, Workload, plan, speedups
 from gna_compile.simulate.problems import SimulateError
 
-_COLORS = {"interior": "#4c8eda", "boundary": "#f2b25c", "visible": "#1b3f73"}
+_COLORS = {"full": "#4c8eda", "partial": "#f2b25c", "visible": "#1b3f73"}
 _SHARES = range(1, 8)  # eighths of each axis
 
 
@@ -79,7 +79,7 @@ def _draw_tiles(panel: Any, cut: Plan, query: tuple[int, ...]) -> None:
     rows = tiles[-2] if len(axes) > 1 else [(0, 1, True)]
     for top, bottom, row_inner in rows:
         for start, stop, inner in tiles[-1]:
-            kind = "interior" if off_plane and row_inner and inner else "boundary"
+            kind = "full" if off_plane and row_inner and inner else "partial"
             box = Rectangle(
                 (start - 0.5, top - 0.5), stop - start, bottom - top, facecolor=_COLORS[kind]
             )

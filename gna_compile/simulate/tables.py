@@ -48,7 +48,7 @@ def _figures(entry: Entry, cut: Plan) -> dict[str, str]:
         "query box": times(cut.query_box),
         "key box": times(cut.key_box),
         "visited (most)": f"{cut.grid.visited.mean:.1f} ({cut.grid.visited.max})",
-        "masked": f"{cut.boundary / cut.visited:.0%}",
+        "masked": f"{cut.partial / cut.visited:.0%}",
         "FLOP bound": _speedup(found.flop_bound),
         "mean tile": _speedup(found.mean_tile),
         "simulator": _speedup(found.simulator),
@@ -69,7 +69,7 @@ def _flat_figures(cut: Plan, query_tile: int, key_tile: int) -> dict[str, str]:
     return {
         f"flattened {query_tile}, {key_tile}": "",
         "- visited (most)": f"{counts.visited.mean:.1f} ({counts.visited.max})",
-        "- masked": f"{counts.boundary.sum / counts.visited.sum:.0%}",
+        "- masked": f"{counts.partial.sum / counts.visited.sum:.0%}",
         "- mean tile": _speedup(tokens**2 / (counts.visited.sum * query_tile * key_tile)),
         "- simulator": _speedup(-(-tokens // key_tile) / counts.visited.max),
     }

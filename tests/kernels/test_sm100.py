@@ -93,11 +93,11 @@ def test_a_key_tile_costs_what_the_model_says(head_dim: int, exponentials: int) 
         step = blackwell_model.step_of(head_dim)
     except RuntimeError as error:
         pytest.skip(str(error))
-    assert step.interior["MUFU"] == exponentials
-    assert step.interior["FMNMX3"] < 70  # one for two scores
-    assert step.interior.total() < 128 * 5
+    assert step.full["MUFU"] == exponentials
+    assert step.full["FMNMX3"] < 70  # one for two scores
+    assert step.full.total() < 128 * 5
     # A mask takes 1.3 instructions a score, once its words are there.
-    assert (step.boundary - step.interior).total() < 128 * 1.5
+    assert (step.partial - step.full).total() < 128 * 1.5
 
 
 def test_a_dilated_query_box_is_read_in_two_halves() -> None:

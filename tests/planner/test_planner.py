@@ -87,7 +87,7 @@ def query_tiles(neighborhood: Neighborhood, box: tuple[int, ...]) -> Iterator[li
 def enumerate_grid(
     neighborhood: Neighborhood, query_box: tuple[int, ...], key_box: tuple[int, ...], tiling: str
 ) -> list[tuple[int, int]]:
-    """(visited, interior) key tiles on the grid, of each query tile on it."""
+    """(visited, full) key tiles on the grid, of each query tile on it."""
     columns = [
         [getattr(axis, n) for axis in neighborhood.axes]
         for n in ("length", "window", "stride", "dilation", "causal")
@@ -106,13 +106,13 @@ def enumerate_grid(
         assert {tuple(group) for group in groups} == {tuple(groups[0])}
         origin = places.min(axis=0) if tiling == "dynamic" else np.zeros_like(places[0])
         visited = {tuple(tile) for tile in (places - origin) // key_box}
-        interior = 0
+        full = 0
         for tile in visited:
             spans = [
                 range(o + t * extent, o + (t + 1) * extent)
                 for o, t, extent in zip(origin, tile, key_box, strict=True)
             ]
-            interior += all(
+            full += all(
                 all(
                     p < lengths[a][g] for a, (p, g) in enumerate(zip(place, groups[0], strict=True))
                 )
@@ -121,7 +121,7 @@ def enumerate_grid(
                 ]
                 for place in itertools.product(*spans)
             )
-        result.append((len(visited), interior))
+        result.append((len(visited), full))
     return result
 
 
@@ -133,13 +133,13 @@ def global_tiles(neighborhood: Neighborhood, size: int, key_mask: bool) -> tuple
 
 
 def check(found: Counts, rows: list[tuple[int, int]]) -> None:
-    visited, interior = [v for v, _ in rows], [i for _, i in rows]
-    boundary = [v - i for v, i in rows]
+    visited, full = [v for v, _ in rows], [i for _, i in rows]
+    partial = [v - i for v, i in rows]
     assert found.query_tiles == len(rows)
     for tally, values in (
         (found.visited, visited),
-        (found.interior, interior),
-        (found.boundary, boundary),
+        (found.full, full),
+        (found.partial, partial),
     ):
         assert (tally.sum, tally.max) == (sum(values), max(values, default=0))
         assert tally.mean == (sum(values) / len(rows) if rows else 0)
@@ -152,7 +152,7 @@ def test_axis_counts(axis: Axis, query: int, key: int, tiling: Tiling) -> None:
     rows = enumerate_grid(neighborhood, (query,), (key,), tiling)
     found = counts.axis_counts(axis, query, key, tiling)
     expanded = [
-        (run.visited + step * run.step, run.interior + step * run.step)
+        (run.visited + step * run.step, run.full + step * run.step)
         for run in found.runs
         for step in range(run.length)
         for _ in range(run.times)
@@ -169,7 +169,7 @@ def test_grid_counts(
     neighborhood, query, key = problem
     every, unmasked = global_tiles(neighborhood, math.prod(key), key_mask)
     rows = enumerate_grid(neighborhood, query, key, tiling)
-    rows = [(visited + every, interior + unmasked) for visited, interior in rows]
+    rows = [(visited + every, full + unmasked) for visited, full in rows]
     check(counts.grid_counts(neighborhood, query, key, tiling, key_mask), rows)
 
 
@@ -225,7 +225,7 @@ def test_a_long_axis_is_little_work(axis: Axis, monkeypatch: pytest.MonkeyPatch)
         groups = axis.dilation, axis.length % axis.dilation
         longer, shorter = (-(-(axis.length // axis.dilation + more) // query) for more in (1, 0))
         assert found.query_tiles == groups[1] * longer + (groups[0] - groups[1]) * shorter
-        assert 0 <= found.interior <= found.visited
+        assert 0 <= found.full <= found.visited
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -250,7 +250,7 @@ def test_a_long_axis_repeats_a_short_one(
         Axis(90 + periods * period, 37, stride, 1, causal), query, key, tiling
     )
     assert found.visited == v1 + (periods - 1) * (v2 - v1)
-    assert found.interior == i1 + (periods - 1) * (i2 - i1)
+    assert found.full == i1 + (periods - 1) * (i2 - i1)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_masks_cost_time() -> None:
     launch = ARCHITECTURES["sm90"].launch(128, (128,), 24, 128, 2)
     rows, longest = cut.grid.query_tiles, cut.grid.visited.max
     without = launch.milliseconds(rows, cut.visited, 0, longest)
-    assert cut.boundary > 0 and cut.milliseconds > without
+    assert cut.partial > 0 and cut.milliseconds > without
 
 
 def test_one_long_global_tile_bounds_a_small_problem() -> None:

@@ -58,7 +58,7 @@ def test_the_portable_providers_cost_is_that_of_its_tiles(stride: int, suffix: i
     for tiles in product(*cuts.cut_grid(piece).axes):
         queries = math.prod(len(tile.positions) for tile in tiles)
         keys = math.prod(len(tile.keys[0].positions) for tile in tiles)
-        masked = not all(tile.interior for tile in tiles)
+        masked = not all(tile.full for tile in tiles)
         cost += queries * (keys + suffix) + cuts._GATHERED_KEY * (keys + suffix) + cuts._TILE
         cost += masked * cuts._MASKED_PAIR * queries * keys
     if suffix:

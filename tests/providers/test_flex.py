@@ -123,11 +123,11 @@ def visible_rows(layout: Layout, neighborhood: Neighborhood, key_mask: Tensor | 
     rows = torch.arange(len(layout.order))
     zero = torch.tensor(0)
     seen = tiles._visible(zero, zero, rows[:, None], rows, *tiles._buffers)
-    boundary, whole = (
+    masked, whole = (
         table.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1) for table in dense(layout.keys)
     )
-    assert not (boundary & whole).any()
-    return (boundary & seen) | whole
+    assert not (masked & whole).any()
+    return (masked & seen) | whole
 
 
 @given(neighborhoods(), st.booleans())
@@ -160,7 +160,7 @@ def test_lists_and_mask_are_the_geometry(neighborhood: Neighborhood, hides_keys:
         assert torch.equal(ours, theirs.T)
 
 
-def test_interior_tiles_need_no_mask() -> None:
+def test_full_blocks_need_no_mask() -> None:
     layout = lay_out(Neighborhood.of((8, 32, 32), (4, 16, 16), (4, 16, 16)))
     assert layout.keys.masked_counts.sum() == 0
     assert layout.keys.whole_counts.tolist() == [8] * 64

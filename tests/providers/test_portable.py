@@ -76,7 +76,7 @@ def test_a_cut_covers_every_query_once_with_its_union_box(parts: list[Axis], row
             [keys] = tile.keys
             seen = [set(axis.keys(query)) for query in tile.tokens]
             assert set(keys.tokens) == set().union(*seen)
-            assert keys.interior == all(row == set(keys.tokens) for row in seen)
+            assert keys.full == all(row == set(keys.tokens) for row in seen)
 
 
 @given(axes(), st.data(), st.integers(1, 24), st.booleans())
@@ -95,12 +95,12 @@ def test_runs_and_masks_of_a_box_are_the_geometry(
         rows = [queries[token] for token in tile.tokens]
         covered += rows
         limited, free = tile.keys
-        assert free == KeyRun(range(3), range(3), interior=True)
+        assert free == KeyRun(range(3), range(3), full=True)
         columns = [keys[token] for token in limited.tokens]
         assert {key for row in rows for key in axis.keys(row) if key in keys} <= set(columns)
         hidden = axis_hidden(tile.axis, tile.positions, limited.positions, torch.device("cpu"))
         assert [[not axis.sees(row, key) for key in columns] for row in rows] == hidden.tolist()
-        assert limited.interior == (not hidden.any())
+        assert limited.full == (not hidden.any())
     assert sorted(covered) == list(queries)
 
 
@@ -110,14 +110,14 @@ def test_masks_stay_within_their_bound(parts: list[Axis], rows: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cuts, "MAX_MASK", 4000)
         cut = cuts.cut_grid.__wrapped__(grid_piece(parts, global_keys=3), rows)
-    interior = all(tile.interior for of_axis in cut.axes for tile in of_axis)
-    assert interior or rows * cut.max_queries * (cut.max_keys + 3) <= 4000 or cut.max_queries == 1
+    full = all(tile.full for of_axis in cut.axes for tile in of_axis)
+    assert full or rows * cut.max_queries * (cut.max_keys + 3) <= 4000 or cut.max_queries == 1
 
 
 def test_boxes_that_divide_the_stride_need_no_mask() -> None:
     neighborhood = Neighborhood.of((8, 24, 32), (4, 12, 16), (2, 4, 8))
     cut = cuts.cut_grid(grid_piece(neighborhood.axes), 1).axes
-    assert all(tile.interior for of_axis in cut for tile in of_axis)
+    assert all(tile.full for of_axis in cut for tile in of_axis)
     pairs = [sum(len(t.positions) * len(t.keys[0].positions) for t in tiles) for tiles in cut]
     assert math.prod(pairs) == neighborhood.pairs
 

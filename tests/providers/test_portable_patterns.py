@@ -149,7 +149,7 @@ FAULTS: dict[str, tuple[object, str, Any]] = {
     "no masks of axes": (
         tiles,
         "KeyRun",
-        lambda keys, tokens, interior: KeyRun(keys, tokens, interior=True),
+        lambda keys, tokens, full: KeyRun(keys, tokens, full=True),
     ),
     "keys that start with the grid": (
         tiles,

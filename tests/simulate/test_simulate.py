@@ -249,7 +249,7 @@ def test_flat_counts(neighborhood: Neighborhood, query: int, key: int, dynamic: 
     columns: Any = [[getattr(axis, name) for axis in neighborhood.axes] for name in names]
     see = oracle.mask(*columns).numpy()
     tokens = neighborhood.grid_tokens
-    visited, interior = [], []
+    visited, full = [], []
     for start in range(0, tokens, query):
         rows = see[start : start + query]
         keys = np.flatnonzero(rows.any(axis=0))
@@ -257,17 +257,15 @@ def test_flat_counts(neighborhood: Neighborhood, query: int, key: int, dynamic: 
         tiles = sorted(set(((keys - origin) // key).tolist()))
         visited.append(len(tiles))
         spans = [range(origin + tile * key, origin + (tile + 1) * key) for tile in tiles]
-        interior.append(
-            sum(span.stop <= tokens and bool(rows[:, list(span)].all()) for span in spans)
-        )
+        full.append(sum(span.stop <= tokens and bool(rows[:, list(span)].all()) for span in spans))
     found = flat_counts(neighborhood, query, key, "dynamic" if dynamic else "static")
     assert (found.query_tiles, found.visited.sum, found.visited.max) == (
         len(visited),
         sum(visited),
         max(visited),
     )
-    assert (found.interior.sum, found.interior.max) == (sum(interior), max(interior))
-    assert found.boundary.sum == sum(visited) - sum(interior)
+    assert (found.full.sum, found.full.max) == (sum(full), max(full))
+    assert found.partial.sum == sum(visited) - sum(full)
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
@@ -372,4 +370,4 @@ def test_the_tiles_of_the_picture_are_those_of_the_plan() -> None:
                 rows.append((len(tiles), sum(inner for _, _, inner in tiles)))
         cut: Plan = plan_with(Workload(Neighborhood((axis,))), (8,), (4,), tiling=tiling)
         assert sum(v for v, _ in rows) == cut.grid.visited.sum
-        assert sum(i for _, i in rows) == cut.grid.interior.sum
+        assert sum(i for _, i in rows) == cut.grid.full.sum

@@ -84,10 +84,10 @@ def choose_box(neighborhood: Neighborhood) -> Box:
             for axis, extent in zip(neighborhood.axes, box, strict=True)
         ]
         visited = math.prod(count.visited for count in counts)
-        interior = math.prod(count.interior for count in counts)
+        full = math.prod(count.full for count in counts)
         tiles = math.prod(count.query_tiles for count in counts)
         global_tiles = -(-neighborhood.global_tokens // TILE)
-        return visited + _MASK * (visited - interior) + 2 * tiles * global_tiles
+        return visited + _MASK * (visited - full) + 2 * tiles * global_tiles
 
     return min(boxes(TILE, len(neighborhood.axes)), key=cost)
 
@@ -189,8 +189,8 @@ def _visits(axis: Axis, extent: int) -> Tensor:
     counts = stop - first
     queries_of = torch.arange(len(spans)).repeat_interleave(counts)
     keys = torch.arange(len(queries_of)) - (counts.cumsum(0) - counts - first)[queries_of]
-    interior = (keys >= whole_first[queries_of]) & (keys < whole_stop[queries_of])
-    return torch.stack([queries_of, keys, interior.long()])
+    full = (keys >= whole_first[queries_of]) & (keys < whole_stop[queries_of])
+    return torch.stack([queries_of, keys, full.long()])
 
 
 def _outer(values: Sequence[Tensor]) -> list[Tensor]:
@@ -239,41 +239,41 @@ def _tile_lists(
 ) -> tuple[TileLists, TileLists]:
     """Key tiles of each query tile, and query tiles of each key tile."""
     queries = keys = torch.tensor(0)
-    interior = torch.tensor(1)
+    full = torch.tensor(1)
     columns = [_outer([cut.pairs[row] for cut in cuts]) for row in range(3)]
-    for cut, query, key, is_interior in zip(cuts, *columns, strict=True):
+    for cut, query, key, is_full in zip(cuts, *columns, strict=True):
         queries = queries * len(cut.token) + query
         keys = keys * len(cut.token) + key
-        interior = interior * is_interior
-    shape = interior.shape
+        full = full * is_full
+    shape = full.shape
     queries, keys = (x.expand(shape).flatten() + global_tiles for x in (queries, keys))
-    interior = interior.flatten() > 0
+    full = full.flatten() > 0
     tiles = len(order) // TILE
     if global_tiles:
         # A tile of global queries sees every tile of keys; a tile of the grid sees the global ones.
-        full = (order.view(tiles, TILE) >= 0).all(dim=1)
+        whole = (order.view(tiles, TILE) >= 0).all(dim=1)
         if hides_keys:
-            full[:global_tiles] = False
+            whole[:global_tiles] = False
         every, ours = torch.arange(tiles), torch.arange(global_tiles)
         others = every[global_tiles:]
         queries = torch.cat(
             [queries, ours.repeat_interleave(tiles), others.repeat_interleave(global_tiles)]
         )
         seen = torch.cat([every.repeat(global_tiles), ours.repeat(len(others))])
-        keys, interior = torch.cat([keys, seen]), torch.cat([interior, full[seen]])
-    return _lists(queries, keys, interior, tiles), _lists(keys, queries, interior, tiles)
+        keys, full = torch.cat([keys, seen]), torch.cat([full, whole[seen]])
+    return _lists(queries, keys, full, tiles), _lists(keys, queries, full, tiles)
 
 
-def _lists(rows: Tensor, entries: Tensor, interior: Tensor, tiles: int) -> TileLists:
+def _lists(rows: Tensor, entries: Tensor, full: Tensor, tiles: int) -> TileLists:
     sorting = (rows * tiles + entries).argsort()
-    rows, entries, interior = rows[sorting], entries[sorting], interior[sorting]
-    counts = [rows[kind].bincount(minlength=tiles) for kind in (~interior, interior)]
+    rows, entries, full = rows[sorting], entries[sorting], full[sorting]
+    counts = [rows[kind].bincount(minlength=tiles) for kind in (~full, full)]
     # Both lists of one width: torch 2.11 reads the second by the strides of the first. A power of
     # two, so that similar problems share a kernel.
     longest = max(int(count.max()) for count in counts)
     width = min(1 << max(longest - 1, 0).bit_length(), tiles)
     lists = []
-    for kind, count in zip((~interior, interior), counts, strict=True):
+    for kind, count in zip((~full, full), counts, strict=True):
         starts = count.cumsum(0) - count
         place = torch.arange(int(count.sum())) - starts[rows[kind]]
         indices = torch.zeros(tiles, width, dtype=torch.int32)

@@ -56,24 +56,22 @@ class _AxisCut:
     tiles: tuple[AxisTile, ...]
     max_queries: int
     pairs: tuple[int, ...]
-    interior_pairs: tuple[int, ...]
+    full_pairs: tuple[int, ...]
     keys: tuple[int, ...]
     max_keys: tuple[int, ...]
 
     @classmethod
     def of(cls, tiles: tuple[AxisTile, ...]) -> _AxisCut:
         queries = [len(tile.positions) for tile in tiles]
-        pairs, interior_pairs, keys, max_keys = [], [], [], []
+        pairs, full_pairs, keys, max_keys = [], [], [], []
         for runs in zip(*(tile.keys for tile in tiles), strict=True):
             lengths = [len(run.positions) for run in runs]
             areas = [rows * length for rows, length in zip(queries, lengths, strict=True)]
             pairs.append(sum(areas))
-            interior_pairs.append(
-                sum(area for area, run in zip(areas, runs, strict=True) if run.interior)
-            )
+            full_pairs.append(sum(area for area, run in zip(areas, runs, strict=True) if run.full))
             keys.append(sum(lengths))
             max_keys.append(max(lengths))
-        sums = (tuple(column) for column in (pairs, interior_pairs, keys, max_keys))
+        sums = (tuple(column) for column in (pairs, full_pairs, keys, max_keys))
         return cls(tiles, max(queries), *sums)
 
 
@@ -128,13 +126,13 @@ def _total(sums: Iterable[tuple[int, ...]]) -> int:
 
 def _is_masked(combination: Sequence[_AxisCut]) -> bool:
     pairs = _total(cut.pairs for cut in combination)
-    return pairs > _total(cut.interior_pairs for cut in combination)
+    return pairs > _total(cut.full_pairs for cut in combination)
 
 
 def _cost(combination: Sequence[_AxisCut]) -> float:
     """Of all tiles of a grid, without the keys that all queries see."""
     pairs = _total(cut.pairs for cut in combination)
-    masked = pairs - _total(cut.interior_pairs for cut in combination)
+    masked = pairs - _total(cut.full_pairs for cut in combination)
     keys = _total(cut.keys for cut in combination)
     tiles = math.prod(len(cut.tiles) for cut in combination)
     return pairs + _MASKED_PAIR * masked + _GATHERED_KEY * keys + _TILE * tiles

@@ -26,7 +26,7 @@ class AxisMasks:
         shape = [len(tile.positions) for tile in box] + [len(run.positions) for run in runs]
         hidden: Tensor | None = None
         for axis, (tile, run) in enumerate(zip(box, runs, strict=True)):
-            if run.interior:
+            if run.full:
                 continue
             rule = (tile.axis, tile.positions, run.positions)
             here = self._known.get(rule)

@@ -19,12 +19,12 @@ class KeyRun:
         positions: in the dilation group that the queries lie in, the union box; all at hand where
             the axis limits nothing.
         tokens: the same keys among those at hand.
-        interior: every query sees every key, so no mask is needed.
+        full: every query sees every key, so no mask is needed.
     """
 
     positions: range
     tokens: range
-    interior: bool
+    full: bool
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class AxisTile:
     keys: tuple[KeyRun, ...]
 
     @property
-    def interior(self) -> bool:
-        return all(run.interior for run in self.keys)
+    def full(self) -> bool:
+        return all(run.full for run in self.keys)
 
 
 def cuts(sight: AxisSight, merge: bool) -> list[tuple[AxisTile, ...]]:
@@ -76,7 +76,7 @@ def tiles(sight: AxisSight, size: int, merge: bool) -> Iterator[AxisTile]:
         open_tile: AxisTile | None = None
         for positions in _runs(at_hand, size):
             tile = _tile(sight, group, offset, positions)
-            if open_tile and merge and tile.interior and tile.keys == open_tile.keys:
+            if open_tile and merge and tile.full and tile.keys == open_tile.keys:
                 joined = range(open_tile.positions.start, positions.stop)
                 tokens = _tokens(joined, offset, sight.dilation, sight.queries.start)
                 open_tile = AxisTile(group, joined, tokens, tile.keys)
@@ -111,13 +111,13 @@ def _tile(sight: AxisSight, group: Axis, offset: int, positions: range) -> AxisT
     runs = []
     for keys, limited in zip(sight.keys, sight.limited, strict=True):
         if not limited:
-            runs.append(KeyRun(keys, range(len(keys)), interior=True))
+            runs.append(KeyRun(keys, range(len(keys)), full=True))
             continue
         at_hand = _positions(keys, offset, dilation)
         seen = _overlap(group.union(positions), at_hand)
         seen_by_all = group.intersection(positions)
-        interior = not seen or (seen.start >= seen_by_all.start and seen.stop <= seen_by_all.stop)
-        runs.append(KeyRun(seen, _tokens(seen, offset, dilation, keys.start), interior))
+        full = not seen or (seen.start >= seen_by_all.start and seen.stop <= seen_by_all.stop)
+        runs.append(KeyRun(seen, _tokens(seen, offset, dilation, keys.start), full))
     tokens = _tokens(positions, offset, dilation, sight.queries.start)
     return AxisTile(group, positions, tokens, tuple(runs))
 
