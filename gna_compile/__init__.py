@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gna_compile.ops import neighborhood_attention
     from gna_compile.phases import PhaseSchedule, current_phase, phase, set_phase
     from gna_compile.policy import Policy, PolicyError, load_policy
-    from gna_compile.prepared.stamps import prepare, unprepare
+    from gna_compile.prepared.annotations import prepare, unprepare
     from gna_compile.report.explain import Explanation, explain, graph_diff
     from gna_compile.verify.layouts import LayoutError
 
@@ -39,7 +39,7 @@ _HOME = {
     **dict.fromkeys(["PhaseSchedule", "current_phase", "phase", "set_phase"], "gna_compile.phases"),
     **dict.fromkeys(["Policy", "PolicyError", "load_policy"], "gna_compile.policy"),
     "LayoutError": "gna_compile.verify.layouts",
-    **dict.fromkeys(["prepare", "unprepare"], "gna_compile.prepared.stamps"),
+    **dict.fromkeys(["prepare", "unprepare"], "gna_compile.prepared.annotations"),
     **dict.fromkeys(["Explanation", "explain", "graph_diff"], "gna_compile.report.explain"),
 }
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gna_compile.decision import Decision
     from gna_compile.graph.sites.find import Site
     from gna_compile.policy import Policy
-    from gna_compile.prepared.stamps import Stamp
+    from gna_compile.prepared.annotations import Annotation
 
 log = logging.getLogger("gna_compile")
 
@@ -131,7 +131,7 @@ def _report(
 
     record = GraphRecord.start(gm, plan.decisions, plan.variant_of_phase)
     if not quiet:
-        say(plan.decisions.values(), plan.policies, plan.root, plan.stamps)
+        say(plan.decisions.values(), plan.policies, plan.root, plan.annotations)
     for graph in graphs:
         record.add_variant(graph)
     record.publish()
@@ -208,7 +208,7 @@ class GraphPlan:
         variant_of_phase: which variant each phase runs.
         root: the module whose method is being compiled.
         policies: the policies that decided.
-        stamps: the stamps on the modules that the compiled code can reach.
+        annotations: the annotations on the modules that the compiled code can reach.
     """
 
     decisions: dict[str, list[Decision]]
@@ -216,7 +216,7 @@ class GraphPlan:
     variant_of_phase: dict[str, int]
     root: nn.Module | None
     policies: frozenset[Policy] = frozenset()
-    stamps: tuple[Stamp, ...] = ()
+    annotations: tuple[Annotation, ...] = ()
 
     @property
     def is_rewritten(self) -> bool:
@@ -236,8 +236,14 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     from gna_compile.graph.sites.find import find_sites
     from gna_compile.graph.tokens.layouts import TokenFlow
     from gna_compile.policy import load_policy
+    from gna_compile.prepared.annotations import (
+        KEY,
+        PACKED,
+        annotation_of,
+        annotations_below,
+        model_around,
+    )
     from gna_compile.prepared.packed_grid import Mark, take_marks
-    from gna_compile.prepared.stamps import KEY, PACKED, model_around, stamp_of, stamps_below
 
     _torch.require("rewriting")
     packed_grids = take_marks(gm)
@@ -247,15 +253,17 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     if not sites:
         return GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)
     root = root_module()
-    stamps = stamps_below(frame_modules())
-    own = stamp_of(root)
+    annotations = annotations_below(frame_modules())
+    own = annotation_of(root)
     if own is not None:
         guard_root_attribute(KEY)
     if own is not None and own.packed is not None and not packed_grids:
         guard_root_attribute(PACKED, "grids")
         shown = enumerate(own.packed.grids)
         packed_grids = [Mark(place, grid) for place, grid in shown if grid is not None]
-    policies = {stamp.policy for stamp in stamps.values()} | ({policy} if policy else set())
+    policies = {annotation.policy for annotation in annotations.values()} | (
+        {policy} if policy else set()
+    )
     if not policies:
         log.warning(
             'backend="gna" has no policy for a graph with %d attention sites, so it stays dense. '
@@ -268,7 +276,7 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     decisions: dict[str, list[Decision]] = {}
     for phase in phases:
         decisions[phase] = [
-            decide(site, flow, policy, phase, root, stamps, packed_grids) for site in sites
+            decide(site, flow, policy, phase, root, annotations, packed_grids) for site in sites
         ]
     variants: list[list[Decision]] = []
     variant_of_phase: dict[str, int] = {}
@@ -277,8 +285,8 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
         variant_of_phase[phase] = next(equal, len(variants))
         if variant_of_phase[phase] == len(variants):
             variants.append(row)
-    reached = tuple(stamps.values())
-    given = {stamp.policy for stamp in reached} or policies
+    reached = tuple(annotations.values())
+    given = {annotation.policy for annotation in reached} or policies
     return GraphPlan(decisions, variants, variant_of_phase, root, frozenset(given), reached)
 
 

@@ -23,9 +23,9 @@ from gna_compile.graph.symbols import Size, enters, hint
 from gna_compile.graph.tokens.declared import resolve
 from gna_compile.graph.tokens.layouts import Layout, TokenFlow
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
+from gna_compile.prepared.annotations import Annotation, model_around
 from gna_compile.prepared.packed_grid import Mark
 from gna_compile.prepared.packed_layout import packed_grid_of
-from gna_compile.prepared.stamps import Stamp, model_around
 from gna_compile.providers import Declined, Problem, Provider, choose
 from gna_compile.reasons import Decline, Reason
 
@@ -41,7 +41,7 @@ def decide(
     policy: Policy | None,
     phase: str,
     root: torch.nn.Module | None = None,
-    stamps: Mapping[int, Stamp] | None = None,
+    annotations: Mapping[int, Annotation] | None = None,
     packed_grids: Sequence[Mark] = (),
 ) -> Decision:
     """Decides on one site in one phase.
@@ -49,17 +49,17 @@ def decide(
     Args:
         site: the site, as `find_sites` found it.
         flow: the token flow of the graph that the site is in.
-        policy: the policy given with the compile options; a stamp made by `prepare` overrides it.
+        policy: the policy given with the compile options; an annotation made by `prepare` overrides it.
         phase: which of the policy's phases to decide for.
         root: the module whose method is being compiled.
-        stamps: the stamps on it and its submodules, by `id` of the module.
+        annotations: the annotations on it and its submodules, by `id` of the module.
         packed_grids: the grids of packed latents that guards hold the graph to.
     """
-    decision = _decide(site, flow, policy, phase, root, stamps or {}, packed_grids)
+    decision = _decide(site, flow, policy, phase, root, annotations or {}, packed_grids)
     for modules in site.other_calls:
         layer = modules[-1].name if modules else ""
         call = replace(site, modules=modules, layer=layer, other_calls=())
-        other = _decide(call, flow, policy, phase, root, stamps or {}, packed_grids)
+        other = _decide(call, flow, policy, phase, root, annotations or {}, packed_grids)
         if not decision.same_rewrite(other):
             return Decision(
                 site,
@@ -77,12 +77,12 @@ def _decide(
     policy: Policy | None,
     phase: str,
     root: torch.nn.Module | None,
-    stamps: Mapping[int, Stamp],
+    annotations: Mapping[int, Annotation],
     packed_grids: Sequence[Mark],
 ) -> Decision:
-    stamp = _stamp_for(site, root, stamps)
-    name = stamp.name if stamp is not None else site.layer
-    classes = stamp.classes if stamp is not None else tuple(m.cls for m in site.modules)
+    annotation = _annotation_for(site, root, annotations)
+    name = annotation.name if annotation is not None else site.layer
+    classes = annotation.classes if annotation is not None else tuple(m.cls for m in site.modules)
     facts: dict[str, Any] = {"site": site, "layer": name}
     try:
         if site.obstacle is not None:
@@ -90,10 +90,10 @@ def _decide(
         relation = flow.relation(site)
         if relation == "cross":
             raise _Dense(Reason.CROSS_ATTENTION)
-        policy = stamp.policy if stamp is not None else policy
+        policy = annotation.policy if annotation is not None else policy
         if policy is None:
             raise _Dense(Reason.NO_RULE, "no policy reaches this graph: give one, or call prepare")
-        layout = _layout(site, flow, stamp, policy, root, packed_grids)
+        layout = _layout(site, flow, annotation, policy, root, packed_grids)
         grid = layout.grid if isinstance(layout, Layout) else None
         rule = policy.rule_for(LayerFacts(name, classes, site.tokens, grid), phase)
         if rule is None:
@@ -101,7 +101,7 @@ def _decide(
         facts["rule"] = rule.index
         if rule.dense:
             raise _Dense(Reason.RULE_DENSE)
-        layout = _layout(site, flow, stamp, rule, root, packed_grids)
+        layout = _layout(site, flow, annotation, rule, root, packed_grids)
         if isinstance(layout, Decline):
             raise _Dense(layout.reason, layout.detail)
         if relation == "unknown":
@@ -128,18 +128,18 @@ def _decide(
     )
 
 
-def _stamp_for(
-    site: Site, root: torch.nn.Module | None, stamps: Mapping[int, Stamp]
-) -> Stamp | None:
-    """The stamp on the innermost module around the site that has one."""
+def _annotation_for(
+    site: Site, root: torch.nn.Module | None, annotations: Mapping[int, Annotation]
+) -> Annotation | None:
+    """The annotation on the innermost module around the site that has one."""
     for ref in reversed(site.modules):
-        if ref.id in stamps:
-            return stamps[ref.id]
+        if ref.id in annotations:
+            return annotations[ref.id]
         if ref.id == 0 and root is not None and _has_submodule(root, ref.name):
-            stamp = stamps.get(id(root.get_submodule(ref.name)))
-            if stamp is not None:
-                return stamp
-    return stamps.get(id(root))
+            annotation = annotations.get(id(root.get_submodule(ref.name)))
+            if annotation is not None:
+                return annotation
+    return annotations.get(id(root))
 
 
 def _has_submodule(root: torch.nn.Module, name: str) -> bool:
@@ -153,7 +153,7 @@ def _has_submodule(root: torch.nn.Module, name: str) -> bool:
 def _layout(
     site: Site,
     flow: TokenFlow,
-    stamp: Stamp | None,
+    annotation: Annotation | None,
     declaring: Policy | Rule,
     root: torch.nn.Module | None,
     packed_grids: Sequence[Mark],
@@ -161,14 +161,14 @@ def _layout(
     """The layout by `prepare`, the policy or its rule, or the graph; what inputs show must agree."""
     declared = declaring.layout
     why = ""
-    if stamp is not None:
-        declared = stamp.layout or declared
-        packed = packed_grid_of(site, flow, stamp, declared, root, packed_grids)
+    if annotation is not None:
+        declared = annotation.layout or declared
+        packed = packed_grid_of(site, flow, annotation, declared, root, packed_grids)
         if isinstance(packed, Decline):
             return packed
         if packed is not None:
             declared = replace(declared, grid=packed) if declared else DeclaredLayout(packed)
-        why = stamp.packed.why[0] if stamp.packed is not None else ""
+        why = annotation.packed.why[0] if annotation.packed is not None else ""
     elif declared is not None and isinstance(flow.layout(site), Decline):
         ids = position_ids_outside()
         if ids is not None:

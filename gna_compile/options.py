@@ -22,7 +22,7 @@ class Options:
 
     Attributes:
         policy: a shipped policy's name, a path, a dict, or a loaded `Policy`. May be absent for a
-            model that `gna_compile.prepare` has stamped with one.
+            model that `gna_compile.prepare` has annotated with one.
         inner: the backend that lowers the rewritten graph: "inductor", or for debugging
             "aot_eager", "eager" or any other that `torch._dynamo.list_backends` knows.
         mode: Inductor's mode ("reduce-overhead", "max-autotune", ...). It is a key here because

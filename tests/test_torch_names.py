@@ -189,7 +189,7 @@ def test_without_symbols_only_graphs_that_have_some_decline(without: Without) ->
     assert reasons(Net(), x) == {Reason.TORCH.value}
 
 
-def test_without_guards_a_stamp_is_not_read(
+def test_without_guards_an_annotation_is_not_read(
     monkeypatch: pytest.MonkeyPatch, without: Without, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The name itself is deleted, and Dynamo does without it for as long."""
@@ -322,4 +322,4 @@ def test_doctor_prints_what_it_probed(without: Without) -> None:
     without("install_guard")
     text = _torch.probes()["prepare"]
     assert text.startswith("off, what gna_compile.prepare says")
-    assert "install_guard_that_is_gone (guards on a stamp)" in text
+    assert "install_guard_that_is_gone (guards on an annotation)" in text

@@ -1,8 +1,8 @@
 """The frame that Dynamo is tracing while a backend runs: its root module, and guards on it.
 
 A module that is compiled by itself (`block.compile()`) is not on its own nodes' module stack, and
-its own forward hooks are traced apart from its forward. So what is stamped on it is read from the
-frame, and the guard on the stamp is installed here.
+its own forward hooks are traced apart from its forward. So what is annotated on it is read from the
+frame, and the guard on the annotation is installed here.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What `prepare` does: annotations (`Stamp`) on modules, grids of packed latents, checks at run time."""
+"""What `prepare` does: annotations (`Annotation`) on modules, grids of packed latents, checks at run time."""

@@ -12,15 +12,15 @@ from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, hint
 from gna_compile.graph.tokens.layouts import Layout, TokenFlow, times
 from gna_compile.policy import DeclaredLayout
+from gna_compile.prepared.annotations import PACKED, WATCH, Annotation
 from gna_compile.prepared.packed_grid import Mark
-from gna_compile.prepared.stamps import PACKED, WATCH, Stamp
 from gna_compile.reasons import Decline, Reason
 
 
 def packed_grid_of(
     site: Site,
     flow: TokenFlow,
-    stamp: Stamp,
+    annotation: Annotation,
     declared: DeclaredLayout | None,
     root: torch.nn.Module | None,
     packed_grids: Sequence[Mark],
@@ -30,13 +30,17 @@ def packed_grid_of(
     That of its position ids, or if a grid is declared, what has become of it. None if they show
     none, or if the graph itself must tell.
     """
-    place = stamp.packed.place_of(declared.grid if declared else None) if stamp.packed else None
-    if stamp.packed is None or (place is None and declared is None):
+    place = (
+        annotation.packed.place_of(declared.grid if declared else None)
+        if annotation.packed
+        else None
+    )
+    if annotation.packed is None or (place is None and declared is None):
         return None
     if place is None:
         return Decline(Reason.LAYOUT_UNKNOWN, "a model that shares this layer was prepared later")
-    packed, why = stamp.packed.grids[place], stamp.packed.why[place]
-    shown, is_read = flow.layout(site), _reads_ids(root, stamp)
+    packed, why = annotation.packed.grids[place], annotation.packed.why[place]
+    shown, is_read = flow.layout(site), _reads_ids(root, annotation)
     if declared is not None and not is_read:
         if isinstance(shown, Layout):
             return None
@@ -75,10 +79,10 @@ def _grid_of_ids(shown: Layout | Decline) -> tuple[Size, ...] | None:
     return shown.grid if isinstance(shown, Layout) and shown.ids is not None else None
 
 
-def _reads_ids(root: torch.nn.Module | None, stamp: Stamp) -> bool:
+def _reads_ids(root: torch.nn.Module | None, annotation: Annotation) -> bool:
     """Whether the hook that looks at inputs ran before this graph, and not inlined in it."""
     if _torch.nested_graph_breaks():
         return False
-    inside = [m for m in local_modules() if m.__dict__.get(PACKED) is stamp.packed]
+    inside = [m for m in local_modules() if m.__dict__.get(PACKED) is annotation.packed]
     # A watched module that is not the one whose method this is may have its hook inlined here.
     return any(module is root or WATCH not in module.__dict__ for module in inside)

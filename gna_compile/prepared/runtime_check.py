@@ -25,7 +25,7 @@ from gna_compile.graph.tokens.declared import same_grid
 from gna_compile.graph.tokens.layouts import Layout, times
 from gna_compile.graph.tokens.position_ids import SeenIds, same_content
 from gna_compile.lower import Lowered
-from gna_compile.prepared.stamps import show_grid
+from gna_compile.prepared.annotations import show_grid
 
 log = logging.getLogger("gna_compile")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gna_compile.policy import Policy
-from gna_compile.prepared.stamps import Stamp, attention_names, class_stack, model_around
+from gna_compile.prepared.annotations import Annotation, attention_names, class_stack, model_around
 from gna_compile.reasons import Reason
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def say(
     decisions: Iterable[Sequence[Decision]],
     policies: Collection[Policy],
     root: nn.Module | None,
-    stamps: Collection[Stamp],
+    annotations: Collection[Annotation],
 ) -> None:
     """Warns, if it is time to, that declared grids do not hold or that nothing was rewritten.
 
@@ -65,11 +65,11 @@ def say(
         decisions: those on each site of a graph that is being compiled, for each phase.
         policies: the policies that decided.
         root: the module whose method is being compiled.
-        stamps: those on the modules in it.
+        annotations: those on the modules in it.
     """
     by_site = list(zip(*decisions, strict=True))
     model = model_around(root)
-    told = _say_of_declared_grids(by_site, stamps)
+    told = _say_of_declared_grids(by_site, annotations)
     for policy in policies:
         if all(rule.dense for rule in policy.rules):
             continue
@@ -78,16 +78,18 @@ def say(
         rewritten = any(decision.is_rewritten for site in by_site for decision in site)
         known.is_settled |= told or rewritten
         if not known.is_settled:
-            _say_that_nothing_is_rewritten(by_site, policy, known, model, root, stamps)
+            _say_that_nothing_is_rewritten(by_site, policy, known, model, root, annotations)
 
 
 def _say_of_declared_grids(
-    by_site: Sequence[Sequence[Decision]], stamps: Collection[Stamp]
+    by_site: Sequence[Sequence[Decision]], annotations: Collection[Annotation]
 ) -> bool:
     """Says which declared grid contradicts the inputs; whether any does."""
     refused = [d for site in by_site for d in site if d.reason is Reason.LAYOUT_MISMATCH]
     told = False
-    for packed in {stamp.packed for stamp in stamps if stamp.packed is not None}:
+    for packed in {
+        annotation.packed for annotation in annotations if annotation.packed is not None
+    }:
         layers = {d.layer: d.detail for d in refused if d.detail in packed.why[1:]}
         if not layers:
             continue
@@ -116,11 +118,11 @@ def _say_that_nothing_is_rewritten(
     known: _Model,
     model: nn.Module | None,
     root: nn.Module | None,
-    stamps: Collection[Stamp],
+    annotations: Collection[Annotation],
 ) -> None:
     named = dict(model.named_modules()) if model is not None else {}
     prefix = next((name for name, module in named.items() if module is root), "")
-    given = {stamp.name for stamp in stamps}
+    given = {annotation.name for annotation in annotations}
     for site in by_site:
         decision = next((d for d in site if d.reason is not Reason.RULE_DENSE), site[0])
         layer = decision.layer

@@ -34,7 +34,7 @@ from gna_compile.backend import gna
 from gna_compile.graph.tokens import position_ids
 from gna_compile.graph.tokens.position_ids import runs_from_ids
 from gna_compile.options import OptionsError
-from gna_compile.prepared.stamps import stamp_of
+from gna_compile.prepared.annotations import annotation_of
 
 
 def run_masked(
@@ -379,16 +379,16 @@ def test_prepare_survives_copies_and_can_be_undone() -> None:
     before = list(model.state_dict())
     gna_compile.prepare(model, policy())
     assert list(model.state_dict()) == before
-    assert stamp_of(model.get_submodule("blocks.1.attn")) is not None
+    assert annotation_of(model.get_submodule("blocks.1.attn")) is not None
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        stamp = stamp_of(twin.get_submodule("blocks.1.attn"))
-        assert stamp is not None
-        assert stamp.name == "blocks.1.attn"
+        annotation = annotation_of(twin.get_submodule("blocks.1.attn"))
+        assert annotation is not None
+        assert annotation.name == "blocks.1.attn"
         x = image()
         out = torch.compile(twin, backend="gna", options={"inner": "aot_eager"}, fullgraph=True)(x)
         torch.testing.assert_close(out, run_eager(model, x), rtol=1e-4, atol=1e-5)
     gna_compile.unprepare(model)
-    assert all(stamp_of(module) is None for module in model.modules())
+    assert all(annotation_of(module) is None for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import gna_compile
+from gna_compile.prepared.annotations import PACKED, WATCH
 from gna_compile.prepared.declared_grids import Watch
 from gna_compile.prepared.packed_grid import PackedGrid
-from gna_compile.prepared.stamps import PACKED, WATCH
 
 # What the inputs of a call say
 

@@ -1,7 +1,7 @@
 """`prepare`: makes policy and token layout part of what Dynamo guards on.
 
 Regional compilation (block by block) erases layer names, and `torch.compile` never looks at the values
-of a tensor. So each attention module gets an annotation, a `Stamp`, and a forward pre-hook reads its key
+of a tensor. So each attention module gets an `Annotation`, and a forward pre-hook reads its key
 while it is traced: Dynamo then guards on the key, layers with different rules get different graphs,
 and layers with the same rule share one.
 
@@ -38,7 +38,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 KEY = "_gna_key"
 PACKED = "_gna_packed"
-_STAMP = "_gna_stamp"
+_ANNOTATION = "_gna_annotation"
 WATCH = "_gna_watch"
 _LOOKS_LIKE_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -46,7 +46,7 @@ _PROJECTIONS = {"to_q", "to_qkv", "q_proj", "qkv", "query", "q", "wq", "Wqkv", "
 
 
 @dataclass(frozen=True)
-class Stamp:
+class Annotation:
     """What `prepare` knows about one attention module.
 
     Attributes:
@@ -76,7 +76,7 @@ def prepare(
     policy: str | PathLike[str] | Mapping[str, Any] | Policy,
     layout: Mapping[str, Any] | DeclaredLayout | None = None,
 ) -> ModuleT:
-    """Stamps the attention modules of `model`, in place, and returns it.
+    """Annotates the attention modules of `model`, in place, and returns it.
 
     Needed for regional compilation (`model.compile_repeated_blocks(backend="gna")`,
     `block.compile(backend="gna")`) and for packed latents; allowed everywhere. A prepared model
@@ -98,7 +98,7 @@ def prepare(
     Call the model itself: `model.forward(...)` passes by the hook that looks at its inputs, and so
     does a larger graph, in which a declared grid counts only where the graph shows it, too.
 
-    The stamps are plain attributes and the hooks plain functions: `pickle`, `copy.deepcopy` and
+    The annotations are plain attributes and the hooks plain functions: `pickle`, `copy.deepcopy` and
     `state_dict` work as before, and `unprepare` removes everything.
 
     Args:
@@ -125,16 +125,16 @@ def prepare(
             packed.declare(grids)
             for inner in module.modules():
                 inner.__dict__[PACKED] = packed
-    for module, stamps in _stamps(named, policy, declared).items():
-        if len({stamp.key for stamp in stamps}) > 1:
+    for module, found in _annotations(named, policy, declared).items():
+        if len({annotation.key for annotation in found}) > 1:
             log.warning(
                 "%s are one module, but the policy has different rules for them: it stays dense. "
                 "Give them one rule.",
-                " and ".join(stamp.name for stamp in stamps),
+                " and ".join(annotation.name for annotation in found),
             )
             continue
-        module.__dict__[_STAMP] = stamps[0]
-        module.__dict__[KEY] = stamps[0].key
+        module.__dict__[_ANNOTATION] = found[0]
+        module.__dict__[KEY] = found[0].key
         module.register_forward_pre_hook(_read_key)
     for module in model.modules():
         if module in owners or _takes_ids(module):
@@ -173,7 +173,9 @@ def _owners(model: nn.Module, attention: Collection[nn.Module]) -> list[nn.Modul
 
 def _watch(module: nn.Module) -> None:
     """Hooks a module, unless no attention in it depends on what its inputs show."""
-    below = [m.__dict__[PACKED] for m in module.modules() if stamp_of(m) and PACKED in m.__dict__]
+    below = [
+        m.__dict__[PACKED] for m in module.modules() if annotation_of(m) and PACKED in m.__dict__
+    ]
     own = module.__dict__[PACKED]
     if below or _takes_ids(module):
         module.__dict__[WATCH] = Watch(list(dict.fromkeys([own, *below])), _takes_ids(module))
@@ -199,9 +201,9 @@ def _parse_layout(layout: Mapping[str, Any] | DeclaredLayout | None) -> Declared
 
 
 def unprepare(model: ModuleT) -> ModuleT:
-    """Removes every stamp and hook that `prepare` put on `model`, in place, and returns it."""
+    """Removes every annotation and hook that `prepare` put on `model`, in place, and returns it."""
     for module in model.modules():
-        module.__dict__.pop(_STAMP, None)
+        module.__dict__.pop(_ANNOTATION, None)
         module.__dict__.pop(KEY, None)
         module.__dict__.pop(PACKED, None)
         module.__dict__.pop(WATCH, None)
@@ -212,21 +214,21 @@ def unprepare(model: ModuleT) -> ModuleT:
     return model
 
 
-def stamp_of(module: nn.Module | None) -> Stamp | None:
-    """The stamp on `module`, if it has one."""
-    return None if module is None else module.__dict__.get(_STAMP)
+def annotation_of(module: nn.Module | None) -> Annotation | None:
+    """The annotation on `module`, if it has one."""
+    return None if module is None else module.__dict__.get(_ANNOTATION)
 
 
-def stamps_below(roots: Iterable[nn.Module]) -> dict[int, Stamp]:
-    """All stamps below these modules, by `id` of the module that carries them."""
+def annotations_below(roots: Iterable[nn.Module]) -> dict[int, Annotation]:
+    """All annotations below these modules, by `id` of the module that carries them."""
     modules = (module for root in roots for module in root.modules())
-    return {id(m): stamp for m in modules if (stamp := stamp_of(m)) is not None}
+    return {id(m): annotation for m in modules if (annotation := annotation_of(m)) is not None}
 
 
 def _read_key(module: nn.Module, args: Any) -> None:
     # The comparison is what makes Dynamo guard on the value.
     if module.__dict__[KEY] == "":
-        raise AssertionError("a stamped module has a key")
+        raise AssertionError("an annotated module has a key")
     packed = module.__dict__.get(PACKED)
     if packed is not None and torch.compiler.is_dynamo_compiling():
         mark(packed)
@@ -256,10 +258,10 @@ def show_grid(model: nn.Module, grid: tuple[int, ...] | None) -> bool:
 def attention_names(named: Mapping[str, nn.Module]) -> set[str]:
     """The names of the modules that look like attention; of all that may hold some if none does."""
     found = {name for name, module in named.items() if _is_attention(module)}
-    return found or _names_to_stamp(named)
+    return found or _names_to_annotate(named)
 
 
-def _names_to_stamp(named: Mapping[str, nn.Module]) -> set[str]:
+def _names_to_annotate(named: Mapping[str, nn.Module]) -> set[str]:
     """The names of the modules that may hold an attention site."""
     chosen = {name for name, module in named.items() if _is_attention(module)}
     for parent, module in named.items():
@@ -271,17 +273,19 @@ def _names_to_stamp(named: Mapping[str, nn.Module]) -> set[str]:
     return chosen
 
 
-def _stamps(
+def _annotations(
     named: Mapping[str, nn.Module], policy: Policy, declared: DeclaredLayout | None
-) -> dict[nn.Module, list[Stamp]]:
-    """The stamps of every module that may hold an attention site, one for each of its names."""
-    chosen = _names_to_stamp(named)
-    stamps: dict[nn.Module, list[Stamp]] = defaultdict(list)
+) -> dict[nn.Module, list[Annotation]]:
+    """The annotations of every module that may hold an attention site, one for each of its names."""
+    chosen = _names_to_annotate(named)
+    annotations: dict[nn.Module, list[Annotation]] = defaultdict(list)
     for name, module in named.items():
         if name in chosen:
             packed = module.__dict__.get(PACKED)
-            stamps[module].append(Stamp(policy, name, class_stack(named, name), declared, packed))
-    return stamps
+            annotations[module].append(
+                Annotation(policy, name, class_stack(named, name), declared, packed)
+            )
+    return annotations
 
 
 def model_around(root: nn.Module | None) -> nn.Module | None:
@@ -328,7 +332,7 @@ def _warn_of_recompile_limit(model: nn.Module) -> None:
     graphs: dict[type, set[tuple[str, ...]]] = defaultdict(set)
     for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
         for block in blocks:
-            keys = tuple(m.__dict__[KEY] for m in block.modules() if stamp_of(m) is not None)
+            keys = tuple(m.__dict__[KEY] for m in block.modules() if annotation_of(m) is not None)
             graphs[type(block)].add(keys)
     for block_class, combinations in graphs.items():
         if len(combinations) > limit:
