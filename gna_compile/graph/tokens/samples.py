@@ -123,7 +123,7 @@ class Samples:
         wide = [None if array is None else np.expand_dims(array, dim) for array in axes]
         if source in self._wholes or source.serial >= self._begin:
             # It is another source outside, and mixtures are numbered source by source.
-            wide = [None if a is None else np.maximum(a, UNKNOWN) for a in wide]
+            wide = [a if a is None or is_unknown(a) else np.maximum(a, UNKNOWN) for a in wide]
         if source in self._wholes:
             whole, offsets = self._wholes[source]
             for i, steps in offsets:
