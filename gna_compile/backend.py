@@ -113,9 +113,9 @@ def write_variants(gm: fx.GraphModule, plan: GraphPlan, options: Options) -> lis
         graph, sites = copy_with_sites(gm, [decision.site for decision in rewritten])
         rewrite(
             [
-                (site, decision.layout, decision.parameters)
+                (site, decision.layout, decision.windows)
                 for site, decision in zip(sites, rewritten, strict=True)
-                if decision.layout is not None and decision.parameters is not None
+                if decision.layout is not None and decision.windows is not None
             ],
             verify_masks=options.verify_masks,
         )

@@ -6,7 +6,6 @@ other side of it recompiles; nothing here turns a symbol into a number that the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 
 from gna_compile import _torch
 from gna_compile.decision import Decision
-from gna_compile.geometry import AttentionPattern, GeometryError, Neighborhood
+from gna_compile.geometry import GeometryError, Link, of_heads
 from gna_compile.graph.dynamo_frame import is_resumed, position_ids_outside
 from gna_compile.graph.functorch import stand_in
+from gna_compile.graph.pattern import HeadWindows, Windows, pattern_of, visible_pairs
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, enters, hint
 from gna_compile.graph.tokens.declared import resolve
@@ -95,12 +95,16 @@ def _decide(
             raise _Dense(Reason.NO_RULE, "no policy reaches this graph: give one, or call prepare")
         layout = _layout(site, flow, annotation, policy, root, packed_grids)
         grid = layout.grid if isinstance(layout, Layout) else None
-        rule = policy.rule_for(LayerFacts(name, classes, site.tokens, grid), phase)
-        if rule is None:
+        facts_of_layer = LayerFacts(name, classes, site.tokens, grid)
+        chosen = policy.rules_of_heads(facts_of_layer, site.heads, phase)
+        rules = [rule for _, rule in chosen if rule is not None]
+        if not rules:
             raise _Dense(Reason.NO_RULE)
-        facts["rule"] = rule.index
-        if rule.dense:
+        windowed = [rule for rule in rules if not rule.dense]
+        facts["rule"] = (windowed or rules)[0].index
+        if not windowed:
             raise _Dense(Reason.RULE_DENSE)
+        rule = _agreeing(windowed)
         layout = _layout(site, flow, annotation, rule, root, packed_grids)
         if isinstance(layout, Decline):
             raise _Dense(layout.reason, layout.detail)
@@ -110,21 +114,22 @@ def _decide(
             )
         facts["layout"] = layout = _within_reach(site, layout)
         _check_mask(site, layout, rule)
-        parameters = _parameters(rule, layout)
-        _check_causal(site, layout, parameters)
-        facts["flop_share"] = _check_gain(site, layout, parameters, policy)
-        problem = _problem(site, layout, parameters)
-        provider = _provider(problem, policy)
-        forecast = provider.forecast(problem)
-        _check_speedup(problem, forecast.speedup, policy)
+        windows = _windows(site, layout, chosen, rule)
+        _check_causal(site, layout, windows)
+        facts["flop_share"] = _check_gain(site, layout, windows, policy)
+        problems = _problems(site, layout, windows)
+        providers = [_provider(problem, policy) for problem in problems]
+        forecasts = [p.forecast(problem) for p, problem in zip(providers, problems, strict=True)]
+        speedup = _speedup_of_all(problems, [forecast.speedup for forecast in forecasts])
+        _check_speedup(facts["flop_share"], speedup, policy)
     except _Dense as dense:
         return Decision(**facts, reason=dense.reason, detail=dense.detail)
     return Decision(
         **facts,
-        parameters=parameters,
-        predicted_speedup=forecast.speedup,
-        provider=provider.name,
-        detail=forecast.hint,
+        windows=windows,
+        predicted_speedup=speedup,
+        provider=" and ".join(dict.fromkeys(provider.name for provider in providers)),
+        detail="; ".join(dict.fromkeys(f.hint for f in forecasts if f.hint)),
     )
 
 
@@ -202,8 +207,11 @@ def _within_reach(site: Site, layout: Layout) -> Layout:
     def reached(size: Size) -> Size:
         return size if enters(size, site.owner.graph) else int(size)
 
-    grid = tuple(map(reached, layout.grid))
-    return replace(layout, grid=grid, prefix=reached(layout.prefix), suffix=reached(layout.suffix))
+    segments = tuple(
+        tuple(map(reached, segment)) if isinstance(segment, tuple) else reached(segment)
+        for segment in layout.segments
+    )
+    return replace(layout, segments=segments)
 
 
 def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
@@ -223,47 +231,96 @@ def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
             Reason.MASK,
             f"a key mask has shape [batch, 1, 1, {site.tokens}], this one {list(mask.shape)}",
         )
-    if bool(layout.prefix + layout.suffix == 0):
+    if bool(layout.global_tokens == 0):
         raise _Dense(Reason.MASK, "there are no global tokens that the mask could hide")
 
 
-def _parameters(rule: Rule, layout: Layout) -> Parameters:
-    try:
-        parameters = rule.parameters(layout.grid)
-    except PolicyMismatch as error:
-        raise _Dense(error.reason, str(error)) from None
-    if not any(parameters.causal) and all(
-        bool(w == n) for w, n in zip(parameters.window, layout.grid, strict=True)
-    ):
+def _agreeing(rules: Sequence[Rule]) -> Rule:
+    """The first of the rules for the heads of one layer, which must agree on all but windows."""
+    first, *others = rules
+    for other in others:
+        for key in ("layout", "global_tokens", "key_mask", "between_grids"):
+            if getattr(first, key) != getattr(other, key):
+                raise _Dense(
+                    Reason.HEADS,
+                    f"rules[{first.index}] and rules[{other.index}] are for heads of one layer, but "
+                    f"their `{key}` differ: write it in the policy, or alike in both",
+                )
+    return first
+
+
+def _windows(
+    site: Site, layout: Layout, chosen: Sequence[tuple[Size, Rule | None]], rule: Rule
+) -> Windows:
+    """The windows of each head on each grid."""
+    groups: list[HeadWindows] = []
+    for heads, own in chosen:
+        windows: tuple[Parameters | None, ...] = (None,) * len(layout.grids)
+        if own is not None and not own.dense:
+            windows = _of_rule(own, layout)
+        if groups and groups[-1].windows == windows:
+            groups[-1] = HeadWindows(groups[-1].heads + heads, windows)
+        else:
+            groups.append(HeadWindows(heads, windows))
+    if all(window is None for group in groups for window in group.windows):
         raise _Dense(Reason.WINDOW_COVERS_GRID)
-    return parameters
+    if len(groups) > 1:
+        shared = int(site.heads) // int(site.kv_heads)
+        for group in groups:
+            if group.heads % shared:
+                raise _Dense(
+                    Reason.HEADS,
+                    f"{shared} query heads share a key head, but a group has {group.heads} heads: "
+                    f"give `heads` in multiples of {shared}",
+                )
+    windows_of_all = Windows(tuple(groups), _LINKS[rule.between_grids])
+    try:
+        pattern_of(layout, windows_of_all)
+    except GeometryError as error:
+        raise _Dense(Reason.LAYOUT_MISMATCH, str(error)) from None
+    return windows_of_all
 
 
-def _check_causal(site: Site, layout: Layout, parameters: Parameters) -> None:
+_LINKS = {"full": Link.FULL, "none": Link.NONE, "aligned": Link.WINDOW}
+
+
+def _of_rule(rule: Rule, layout: Layout) -> tuple[Parameters | None, ...]:
+    """The windows of a rule on each grid; None on those that it leaves full."""
+    which = ""
+    windows: list[Parameters | None] = []
+    try:
+        chosen = rule.chosen_grids(layout.grids)
+        for place, grid in enumerate(layout.grids):
+            which = f"grid {place} of {layout.words}: " if len(layout.grids) > 1 else ""
+            window = rule.parameters(grid) if place in chosen else None
+            windows.append(None if window is None or _covers(window, grid) else window)
+    except PolicyMismatch as error:
+        raise _Dense(error.reason, f"{which}{error}") from None
+    return tuple(windows)
+
+
+def _covers(window: Parameters, grid: Sequence[Size]) -> bool:
+    return not any(window.causal) and all(
+        bool(w == n) for w, n in zip(window.window, grid, strict=True)
+    )
+
+
+def _check_causal(site: Site, layout: Layout, windows: Windows) -> None:
     if not site.is_causal:
         return
-    one_dimensional = len(layout.grid) == 1 and bool(layout.prefix + layout.suffix == 0)
-    if not (one_dimensional and all(parameters.causal)):
+    is_line = len(layout.segments) == 1 and len(layout.grid) == 1
+    causal = [window is not None and all(window.causal) for g in windows.groups for window in g[1]]
+    if not (is_line and all(causal)):
         raise _Dense(Reason.CAUSAL)
 
 
-def _check_speedup(problem: Problem, predicted: float | None, policy: Policy) -> None:
-    """The forecast is for the example sizes only, and other sizes get no guard."""
-    if predicted is not None and predicted < policy.min_speedup:
-        bound = 1 / problem.neighborhood.flop_share
-        raise _Dense(
-            Reason.SLOWDOWN,
-            f"predicted speedup {predicted:.2f}x (FLOP bound {bound:.2f}x) is below "
-            f"min_speedup {policy.min_speedup:g}",
-        )
-
-
-def _check_gain(site: Site, layout: Layout, parameters: Parameters, policy: Policy) -> float | None:
+def _check_gain(site: Site, layout: Layout, windows: Windows, policy: Policy) -> float:
     if bool(site.tokens < policy.min_tokens):
         raise _Dense(Reason.TOO_FEW_TOKENS, f"{site.tokens} < min_tokens {policy.min_tokens}")
-    pairs = _visible_pairs(layout, parameters)
-    share = hint(pairs) / hint(site.tokens) ** 2
-    if bool(pairs * policy.min_speedup > site.tokens * site.tokens):
+    pairs = visible_pairs(layout, windows)
+    dense = windows.heads * site.tokens * site.tokens
+    share = hint(pairs) / hint(dense)
+    if bool(pairs * policy.min_speedup > dense):
         raise _Dense(
             Reason.SLOWDOWN,
             f"FLOP bound {1 / share:.2f}x is below min_speedup {policy.min_speedup:g}",
@@ -271,47 +328,46 @@ def _check_gain(site: Site, layout: Layout, parameters: Parameters, policy: Poli
     return share
 
 
-def _visible_pairs(layout: Layout, parameters: Parameters) -> Size:
-    sizes = (*layout.grid, *parameters.window, *parameters.stride, layout.prefix, layout.suffix)
-    if all(isinstance(size, int) for size in sizes):
-        return _neighborhood(layout, parameters).pairs
-    grid = math.prod(layout.grid)
-    tokens = layout.prefix + grid + layout.suffix
-    return grid * math.prod(parameters.window) + tokens * tokens - grid * grid
-
-
-def _neighborhood(layout: Layout, parameters: Parameters) -> Neighborhood:
-    try:
-        return Neighborhood.of(
-            [hint(size) for size in layout.grid],
-            [hint(size) for size in parameters.window],
-            [hint(size) for size in parameters.stride],
-            [hint(size) for size in parameters.dilation],
-            parameters.causal,
-            hint(layout.prefix),
-            hint(layout.suffix),
+def _check_speedup(flop_share: float, predicted: float | None, policy: Policy) -> None:
+    """The forecast is for the example sizes only, and other sizes get no guard."""
+    if predicted is not None and predicted < policy.min_speedup:
+        raise _Dense(
+            Reason.SLOWDOWN,
+            f"predicted speedup {predicted:.2f}x (FLOP bound {1 / flop_share:.2f}x) is below "
+            f"min_speedup {policy.min_speedup:g}",
         )
-    except GeometryError as error:
-        raise _Dense(Reason.LAYOUT_MISMATCH, str(error)) from None
 
 
-def _problem(site: Site, layout: Layout, parameters: Parameters) -> Problem:
+def _speedup_of_all(problems: Sequence[Problem], speedups: Sequence[float | None]) -> float | None:
+    """The speedup of all heads; None where that of some is not known."""
+    known = [speedup for speedup in speedups if speedup is not None]
+    if len(known) < len(speedups):
+        return None
+    times = (problem.heads / speedup for problem, speedup in zip(problems, known, strict=True))
+    return sum(problem.heads for problem in problems) / sum(times)
+
+
+def _problems(site: Site, layout: Layout, windows: Windows) -> list[Problem]:
+    """What providers are asked for: the heads of each group."""
     assert site.query is not None and site.key is not None and site.value is not None
-    return Problem(
-        device=site.device.type,
-        dtype=site.dtype,
-        batch=hint(site.batch),
-        heads=hint(site.heads),
-        kv_heads=hint(site.kv_heads),
-        head_dim=hint(site.head_dim),
-        pattern=AttentionPattern.of_neighborhood(
-            _neighborhood(layout, parameters), hint(site.heads)
-        ),
-        has_key_mask=site.mask is not None,
-        query_strides=_strides(site.query),
-        key_strides=_strides(site.key, transposed=site.key_transposed),
-        value_strides=_strides(site.value),
-    )
+    pattern = pattern_of(layout, windows)
+    heads, kv_heads = hint(site.heads), hint(site.kv_heads)
+    return [
+        Problem(
+            device=site.device.type,
+            dtype=site.dtype,
+            batch=hint(site.batch),
+            heads=group.heads,
+            kv_heads=kv_heads * group.heads // heads,
+            head_dim=hint(site.head_dim),
+            pattern=of_heads(pattern, group),
+            has_key_mask=site.mask is not None,
+            query_strides=_strides(site.query),
+            key_strides=_strides(site.key, transposed=site.key_transposed),
+            value_strides=_strides(site.value),
+        )
+        for group in pattern.head_groups
+    ]
 
 
 def _provider(problem: Problem, policy: Policy) -> Provider:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gna_compile.graph.pattern import Windows
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.tokens.layouts import Layout
-from gna_compile.policy import Parameters
 from gna_compile.reasons import Reason
 
 
@@ -19,7 +19,7 @@ class Decision:
         layer: its layer's fully qualified name, as the policy was asked for it.
         layout: how its tokens lie, if that is known.
         rule: index of the rule that matched, if one did.
-        parameters: window, stride, dilation and causal, if the site is rewritten.
+        windows: of its heads on the grids of the layout, if the site is rewritten.
         flop_share: share of dense attention's FLOPs that the mask keeps, if a window applies.
         predicted_speedup: over dense attention, at the example sizes, if the provider is known.
         provider: name of the provider that will run it, if the site is rewritten.
@@ -31,7 +31,7 @@ class Decision:
     layer: str
     layout: Layout | None = None
     rule: int | None = None
-    parameters: Parameters | None = None
+    windows: Windows | None = None
     flop_share: float | None = None
     predicted_speedup: float | None = None
     provider: str = ""
@@ -46,4 +46,4 @@ class Decision:
         """Whether both decisions on one site lead to the same graph."""
         if not (self.is_rewritten and other.is_rewritten):
             return self.is_rewritten == other.is_rewritten
-        return (self.parameters, self.layout) == (other.parameters, other.layout)
+        return (self.windows, self.layout) == (other.windows, other.layout)

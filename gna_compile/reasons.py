@@ -62,6 +62,7 @@ class Reason(str, Enum):
         "torch-version",
         "this version of torch lacks a private name that is needed; `gna doctor` lists them",
     )
+    HEADS = "head-groups", "the policy's rules for the heads of this layer do not fit together"
     NO_RULE = "no-rule", "no rule of the policy matches this layer"
     RULE_DENSE = "rule-dense", "the first matching rule says dense"
     TOO_FEW_TOKENS = "too-few-tokens", "fewer tokens than the policy's `min_tokens`"

@@ -12,10 +12,16 @@
 """
 
 from gna_compile.geometry.axis import Axis, GeometryError
-from gna_compile.geometry.canonical import canonical
-from gna_compile.geometry.encoding import decode, encode, write_grid
+from gna_compile.geometry.canonical import canonical, of_heads
+from gna_compile.geometry.encoding import decode, encode, write_grid, write_layout
 from gna_compile.geometry.neighborhood import Neighborhood
-from gna_compile.geometry.pattern import AttentionPattern, HeadGroup, Link, Window, default_links
+from gna_compile.geometry.pattern import (
+    AttentionPattern,
+    HeadGroup,
+    Link,
+    Window,
+    default_links,
+)
 from gna_compile.geometry.segments import GlobalTokens, GridTokens, Segment
 from gna_compile.geometry.text import text_of_list
 
@@ -34,6 +40,8 @@ __all__ = [
     "decode",
     "default_links",
     "encode",
+    "of_heads",
     "text_of_list",
     "write_grid",
+    "write_layout",
 ]

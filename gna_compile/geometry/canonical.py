@@ -41,6 +41,12 @@ def canonical(pattern: AttentionPattern) -> AttentionPattern:
     return replace(pattern, partial=pattern.missing_key is not None)
 
 
+def of_heads(pattern: AttentionPattern, group: HeadGroup) -> AttentionPattern:
+    """The pattern of one head group alone, as providers are asked for it."""
+    own = pattern.of_group(group)
+    return own if own.neighborhood is not None else canonical(own)
+
+
 def _without_empty_parts(pattern: AttentionPattern) -> AttentionPattern:
     """A sequence keeps one segment, and a pattern one head group, even if it is empty."""
     rows = [n for n, segment in enumerate(pattern.queries) if segment.tokens] or [0]

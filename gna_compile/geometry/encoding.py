@@ -20,7 +20,13 @@ from typing import Any
 
 from gna_compile.geometry.axis import GeometryError
 from gna_compile.geometry.canonical import canonical
-from gna_compile.geometry.pattern import AttentionPattern, HeadGroup, Link, Window
+from gna_compile.geometry.pattern import (
+    AttentionPattern,
+    HeadGroup,
+    Link,
+    Window,
+    links_between,
+)
 from gna_compile.geometry.segments import GlobalTokens, GridTokens, Segment
 
 VERSION = 1
@@ -45,6 +51,44 @@ def write(pattern: AttentionPattern) -> list[int]:
     return ints
 
 
+def write_layout(
+    segments: Sequence[Any],
+    head_groups: Sequence[tuple[Any, Sequence[Any]]],
+    between_grids: Link = Link.FULL,
+) -> list[Any]:
+    """The list of a sequence that attends to itself; every size may be a symbol or a graph node.
+
+    Args:
+        segments: each a number of global tokens, or the lengths of a whole grid.
+        head_groups: for each its heads and, for each grid, None where it is full, or its window,
+            stride, dilation and causality, each with one entry for each axis.
+        between_grids: what two grids see of each other.
+
+    Raises:
+        GeometryError: if the entries per axis are not as many as the axes, or a count is negative.
+
+    Example:
+        >>> write_layout([77, (64,)], [(4, [((16,), (8,), (1,), (False,))])])
+        [1, 0, 2, 0, 77, 1, 64, 0, 64, -1, 1, 1, 1, 2, 1, 4, 1, 16, 8, 1, 0]
+    """
+    grids = [segment for segment in segments if isinstance(segment, tuple)]
+    ints: list[Any] = [VERSION, 0, len(segments)]
+    for segment in segments:
+        if isinstance(segment, tuple):
+            ints += [len(segment), *segment, *[0] * len(segment), *segment]
+        elif isinstance(segment, int) and segment < 0:
+            raise GeometryError(f"a segment of {segment} global tokens; it must have at least 0")
+        else:
+            ints += [0, segment]
+    links = links_between([isinstance(s, tuple) for s in segments], between_grids=between_grids)
+    ints += [SAME, *(int(link) for row in links for link in row), len(head_groups)]
+    for heads, windows in head_groups:
+        ints.append(heads)
+        for grid, window in zip(grids, windows, strict=True):
+            ints += [0] if window is None else _entries(grid, window)
+    return ints
+
+
 def write_grid(
     grid: Sequence[Any],
     window: Sequence[Any],
@@ -55,34 +99,29 @@ def write_grid(
     suffix: Any,
     heads: Any,
 ) -> list[Any]:
-    """The list of one grid with global tokens around it; every size may be a symbol or a graph node.
+    """As `write_layout`, of one grid with global tokens around it.
 
     Raises:
         GeometryError: if the entries per axis are not as many as the axes, or a count is negative.
     """
-    rank = len(grid)
-    columns = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
-    for name, values in columns.items():
-        if len(values) != rank:
-            raise GeometryError(
-                f"{name} has {len(values)} entries for a grid of {rank} axes {tuple(grid)}"
-            )
     for name, count in (("prefix", prefix), ("suffix", suffix)):
         if isinstance(count, int) and count < 0:
             raise GeometryError(f"{name} {count} must be at least 0")
-    is_none = [isinstance(count, int) and count == 0 for count in (prefix, suffix)]
-    before, after = (
-        [] if none else [0, n] for none, n in zip(is_none, (prefix, suffix), strict=True)
+    around = [[] if isinstance(n, int) and n == 0 else [n] for n in (prefix, suffix)]
+    return write_layout(
+        [*around[0], tuple(grid), *around[1]], [(heads, [(window, stride, dilation, causal)])]
     )
-    segments = [3 - sum(is_none), *before, rank, *grid, *[0] * rank, *grid, *after]
-    place, count = int(not is_none[0]), segments[0]
-    links = [
-        int(Link.WINDOW if query == key == place else Link.FULL)
-        for query in range(count)
-        for key in range(count)
-    ]
-    group = [heads, rank, *window, *stride, *dilation, *map(int, causal)]
-    return [VERSION, 0, *segments, SAME, *links, 1, *group]
+
+
+def _entries(grid: Sequence[Any], window: Sequence[Sequence[Any]]) -> list[Any]:
+    names = ("window", "stride", "dilation", "causal")
+    for name, values in zip(names, window, strict=True):
+        if len(values) != len(grid):
+            raise GeometryError(
+                f"{name} has {len(values)} entries for a grid of {len(grid)} axes {tuple(grid)}"
+            )
+    keys, stride, dilation, causal = window
+    return [len(grid), *keys, *stride, *dilation, *map(int, causal)]
 
 
 def decode(ints: Sequence[int]) -> AttentionPattern:

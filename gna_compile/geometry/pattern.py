@@ -230,27 +230,45 @@ class AttentionPattern:
 
     @cached_property
     def neighborhood(self) -> Neighborhood | None:
-        """The same as one grid with global tokens around it, all heads alike; None if it is not."""
-        places = [n for n, segment in enumerate(self.keys) if isinstance(segment, GridTokens)]
-        if len(self.head_groups) != 1 or len(places) != 1 or self.partial:
+        """The same as one grid with global tokens around it, all heads alike; None if it is not.
+
+        A grid whose links are all full counts as global tokens, but has no columns in a key mask.
+        """
+        if len(self.head_groups) != 1 or self.partial or self.query_tokens != self.key_tokens:
             return None
+        (group,) = self.head_groups
+        windowed = []
+        for query, row in enumerate(self.links):
+            for key, link in enumerate(row):
+                if self.axes(group, query, key) is not None:
+                    windowed.append((query, key))
+                elif link is Link.NONE:
+                    return None
+        if not windowed:
+            return self._full_neighborhood
+        if len(windowed) > 1:
+            return None
+        ((query, key),) = windowed
+        grid, other = self.queries[query], self.keys[key]
+        prefix = tokens_of(self.keys[:key])
+        assert isinstance(grid, GridTokens) and isinstance(other, GridTokens)
+        if not (grid == other and grid.is_whole() and tokens_of(self.queries[:query]) == prefix):
+            return None
+        window = group.windows[self.query_grids.index(query)]
+        assert window is not None
+        return Neighborhood(window.axes(grid.grid), prefix, tokens_of(self.keys[key + 1 :]))
+
+    @property
+    def _full_neighborhood(self) -> Neighborhood:
+        """Of a pattern that hides nothing; its one grid stays one, so that key masks keep columns."""
+        places = [n for n, segment in enumerate(self.keys) if isinstance(segment, GridTokens)]
+        if len(places) != 1:
+            return Neighborhood((Axis(self.key_tokens, self.key_tokens),))
         (place,) = places
         grid = self.keys[place]
         assert isinstance(grid, GridTokens)
-        if self.queries == self.keys and self.links == default_links(self.keys):
-            window = self.head_groups[0].windows[0]
-        elif self.query_tokens == self.key_tokens and self._is_full:
-            window = None
-        else:
-            return None
-        if not grid.is_whole():
-            return None
-        axes = tuple(Axis(n, n) for n in grid.grid) if window is None else window.axes(grid.grid)
+        axes = tuple(Axis(n, n) for n in grid.shape)
         return Neighborhood(axes, tokens_of(self.keys[:place]), tokens_of(self.keys[place + 1 :]))
-
-    @property
-    def _is_full(self) -> bool:
-        return all(link is Link.FULL for row in self.links for link in row)
 
     def __str__(self) -> str:
         queries, keys = text_of(self.queries), text_of(self.keys)
@@ -338,15 +356,25 @@ def default_links(
         a window from each grid to itself, `between_grids` from a grid to another, and all else full.
     """
 
+    are_grids = [isinstance(segment, GridTokens) for segment in segments]
+    return links_between(are_grids, documents, between_grids)
+
+
+def links_between(
+    are_grids: Sequence[bool],
+    documents: Sequence[int] | None = None,
+    between_grids: Link = Link.FULL,
+) -> tuple[tuple[Link, ...], ...]:
+    """As `default_links`, of segments of which it is known whether each is a grid."""
+
     def link(query: int, key: int) -> Link:
         if documents is not None and documents[query] != documents[key]:
             return Link.NONE
-        both = isinstance(segments[query], GridTokens) and isinstance(segments[key], GridTokens)
-        if not both:
+        if not (are_grids[query] and are_grids[key]):
             return Link.FULL
         return Link.WINDOW if query == key else between_grids
 
-    count = range(len(segments))
+    count = range(len(are_grids))
     return tuple(tuple(link(query, key) for key in count) for query in count)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 import sympy
@@ -18,32 +19,31 @@ import torch
 from torch import fx
 
 from gna_compile import _torch
-from gna_compile.geometry import write_grid
 from gna_compile.graph.functorch import plain, stand_in
 from gna_compile.graph.mutation import written_by
+from gna_compile.graph.pattern import Windows, entries_of
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import entry_of, hint
 from gna_compile.graph.tokens.layouts import Layout
-from gna_compile.policy import Parameters
 
-Rewrite = tuple[Site, Layout, Parameters]
+Rewrite = tuple[Site, Layout, Windows]
 
 
 def rewrite(rewrites: Iterable[Rewrite], *, verify_masks: bool = False) -> None:
     """Rewrites the sites in place, lints their graphs and recompiles their modules.
 
     Args:
-        rewrites: site, layout and parameters of each site to replace.
+        rewrites: site, layout and windows of each site to replace.
         verify_masks: assert at run time that a mask declared as hiding global tokens only hides
             nothing on the grid.
     """
     sizes: dict[fx.Graph, SizeNodes] = {}
     owners: dict[fx.GraphModule, None] = {}
-    for site, layout, parameters in rewrites:
+    for site, layout, windows in rewrites:
         graph = site.node.graph
         if graph not in sizes:
             sizes[graph] = SizeNodes(graph)
-        _replace(site, layout, parameters, sizes[graph], verify_masks)
+        _replace(site, layout, windows, sizes[graph], verify_masks)
         owners[site.owner] = None
     for owner in owners:
         owner.graph.lint()
@@ -51,7 +51,7 @@ def rewrite(rewrites: Iterable[Rewrite], *, verify_masks: bool = False) -> None:
 
 
 def _replace(
-    site: Site, layout: Layout, parameters: Parameters, sizes: SizeNodes, verify_masks: bool
+    site: Site, layout: Layout, windows: Windows, sizes: SizeNodes, verify_masks: bool
 ) -> None:
     node = site.node
     original = node.meta["example_value"]
@@ -76,15 +76,11 @@ def _replace(
     pair = build.function(
         torch.ops.gna.attention.v2,
         *operands,
-        write_grid(
-            [sizes.node_for(size) for size in layout.grid],
-            [sizes.node_for(size) for size in parameters.window],
-            [sizes.node_for(size) for size in parameters.stride],
-            [sizes.node_for(size) for size in parameters.dilation],
-            parameters.causal,
-            sizes.node_for(layout.prefix),
-            sizes.node_for(layout.suffix),
+        entries_of(
+            layout,
+            windows,
             sizes.node_for(operands[0].meta["example_value"].shape[1]),
+            sizes.node_for,
         ),
         key_mask,
         scale,
@@ -138,30 +134,23 @@ def _key_mask(
 ) -> fx.Node:
     """The part of a [batch or 1, 1, 1, tokens] mask that covers the global tokens, [batch, global]."""
     assert site.mask is not None
-    prefix, suffix = layout.prefix, layout.suffix
     flat = build.method("reshape", site.mask, -1, sizes.node_for(site.tokens))
 
     def columns(start: Any, length: Any) -> fx.Node:
         return build.method("narrow", flat, 1, sizes.node_for(start), sizes.node_for(length))
 
-    parts = []
-    if not _is_zero(prefix):
-        parts.append(columns(0, prefix))
-    if not _is_zero(suffix):
-        parts.append(columns(site.tokens - suffix, suffix))
+    parts = [columns(at, size) for at, size in layout.placed if not isinstance(size, tuple)]
     mask = parts[0] if len(parts) == 1 else build.function(torch.cat, parts, 1)
     if verify_masks:
-        build.function(
-            _torch.assert_async,
-            build.method("all", columns(prefix, site.tokens - prefix - suffix)),
-            f"{site.layer or 'an attention layer'}: the policy says `key_mask: global_tokens`, "
-            "but the mask hides tokens of the grid",
-        )
+        for start, grid in layout.placed:
+            if isinstance(grid, tuple):
+                build.function(
+                    _torch.assert_async,
+                    build.method("all", columns(start, prod(grid))),
+                    f"{site.layer or 'an attention layer'}: the policy says "
+                    "`key_mask: global_tokens`, but the mask hides tokens of the grid",
+                )
     return build.method("expand", mask, sizes.node_for(site.batch), -1)
-
-
-def _is_zero(size: Any) -> bool:
-    return isinstance(size, int) and size == 0
 
 
 def memory_order(tensor: torch.Tensor) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gna_compile import providers
-from gna_compile.geometry import AttentionPattern, HeadGroup, canonical
+from gna_compile.geometry import AttentionPattern, HeadGroup, of_heads
 from gna_compile.ops.checks import pattern_of
 from gna_compile.providers import (
     Declined,
@@ -131,7 +131,6 @@ def _part(
     key_heads: slice | None,
     name: str,
 ) -> Part:
-    own = pattern.of_group(group)
     query, key, value, key_mask, _ = inputs
     problem = Problem(
         device=query.device.type,
@@ -140,7 +139,7 @@ def _part(
         heads=group.heads,
         kv_heads=key[:, key_heads].shape[1] if key_heads else key.shape[1],
         head_dim=query.shape[3],
-        pattern=own if own.neighborhood is not None else canonical(own),
+        pattern=of_heads(pattern, group),
         has_key_mask=key_mask is not None,
         query_strides=query.stride(),
         key_strides=key.stride(),

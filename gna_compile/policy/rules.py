@@ -8,7 +8,8 @@ data (unbacked) cannot be compared: the caller declines them first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -88,12 +89,15 @@ class Rule:
     max_tokens: int | None = None
     grid_rank: int | None = None
     phases: tuple[str, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()
     dense: bool = False
     window: Window | tuple[Window, ...] | None = None
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
     causal: bool | tuple[bool, ...] = False
     base_grid: tuple[int | Literal["full"], ...] | None = None
+    grids: str | int = "all"
+    between_grids: str = "full"
     layout: DeclaredLayout | None = None
     global_tokens: str | None = None
     key_mask: str | None = None
@@ -110,7 +114,30 @@ class Rule:
     def is_conditional(self) -> bool:
         """Whether the rule depends on more than the layer's name and classes."""
         sized = self.min_tokens is not None or self.max_tokens is not None
-        return sized or self.grid_rank is not None or bool(self.phases)
+        return sized or self.grid_rank is not None or bool(self.phases) or bool(self.heads)
+
+    def covers_head(self, head: int) -> bool:
+        """Whether a head falls under the rule."""
+        return not self.heads or any(low <= head <= high for low, high in self.heads)
+
+    def chosen_grids(self, grids: Sequence[tuple[Size, ...]]) -> frozenset[int]:
+        """Which of a layout's grids get the rule's windows; the others are left full.
+
+        Raises:
+            PolicyMismatch: (layout-mismatch) if the rule names a grid that there is not.
+        """
+        if self.grids == "all":
+            return frozenset(range(len(grids)))
+        if self.grids == "largest":
+            tokens = [math.prod(grid) for grid in grids]
+            return frozenset({max(range(len(grids)), key=lambda place: (tokens[place], -place))})
+        place = {"first": 0, "last": len(grids) - 1}.get(str(self.grids), self.grids)
+        if not isinstance(place, int) or place >= len(grids):
+            raise PolicyMismatch(
+                Reason.LAYOUT_MISMATCH,
+                f"the rule is for grid {place}, counted from 0, and there are {len(grids)}",
+            )
+        return frozenset({place})
 
     def matches_module(self, name: str, classes: Sequence[str]) -> bool:
         """Whether a module of this fully qualified name and these classes can fall under the rule."""
@@ -225,7 +252,7 @@ class Policy:
         phase: str = DEFAULT_PHASE,
         candidates: Sequence[int] | None = None,
     ) -> Rule | None:
-        """The first rule that matches, or None.
+        """The first rule that matches, for some head at least, or None.
 
         Args:
             candidates: a `signature` taken earlier; then the layer's name and classes, which may
@@ -234,6 +261,42 @@ class Policy:
         Raises:
             ValueError: if the policy has no such phase.
         """
+        return next(self._matching(layer, phase, candidates), None)
+
+    def rules_of_heads(
+        self, layer: LayerFacts, heads: Size, phase: str = DEFAULT_PHASE
+    ) -> tuple[tuple[Size, Rule | None], ...]:
+        """The first rule that matches each head of a layer, by groups of consecutive heads.
+
+        Args:
+            heads: of the layer; a symbol is held to its value only where a rule names heads.
+
+        Returns:
+            for each group, in order, how many heads it has and their rule, None if none matches.
+
+        Raises:
+            ValueError: if the policy has no such phase.
+        """
+        rules: list[Rule] = []
+        for rule in self._matching(layer, phase):
+            rules.append(rule)
+            if not rule.heads:
+                break
+        if not any(rule.heads for rule in rules):
+            return ((heads, rules[0] if rules else None),)
+        groups: list[tuple[int, Rule | None]] = []
+        for head in range(int(heads)):
+            own = next((rule for rule in rules if rule.covers_head(head)), None)
+            if groups and groups[-1][1] is own:
+                groups[-1] = groups[-1][0] + 1, own
+            else:
+                groups.append((1, own))
+        return tuple(groups)
+
+    def _matching(
+        self, layer: LayerFacts, phase: str, candidates: Sequence[int] | None = None
+    ) -> Iterator[Rule]:
+        """The rules that match, for some head at least, in order."""
         if phase not in self.phases:
             raise ValueError(f"policy {self.name!r} has no phase {phase!r}; it has {self.phases}")
         if candidates is None:
@@ -243,8 +306,7 @@ class Policy:
             if rule.phases and phase not in rule.phases:
                 continue
             if rule.matches_sizes(layer.tokens, layer.grid):
-                return rule
-        return None
+                yield rule
 
     def phase_at(self, step: int, steps: int) -> str:
         """The phase of step `step` (from 0) of a run of `steps` steps.

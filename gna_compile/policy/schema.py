@@ -93,22 +93,31 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _index_ranges(value: Any) -> tuple[tuple[int, int], ...]:
-    ranges = []
-    for item in value if isinstance(value, list) else [value]:
-        found = _RANGE.fullmatch(item) if isinstance(item, str) else None
-        if found:
-            low, high = int(found[1]), int(found[2])
-            if low > high:
-                raise _refuse(f"the range {item} runs backwards; write {high}-{low}")
-            ranges.append((low, high))
-        elif _is_int(item) and 0 <= item <= MAX_SIZE:
-            ranges.append((item, item))
-        else:
-            raise _refuse(f"{item!r} must be a layer number from 0 on, or a range like `3-9`")
-    if not ranges:
-        raise _refuse("is empty; name at least one layer number")
-    return tuple(ranges)
+def _ranges(what: str) -> Callable[[Any], tuple[tuple[int, int], ...]]:
+    def parse(value: Any) -> tuple[tuple[int, int], ...]:
+        ranges = []
+        for item in value if isinstance(value, list) else [value]:
+            found = _RANGE.fullmatch(item) if isinstance(item, str) else None
+            if found:
+                low, high = int(found[1]), int(found[2])
+                if low > high:
+                    raise _refuse(f"the range {item} runs backwards; write {high}-{low}")
+                ranges.append((low, high))
+            elif _is_int(item) and 0 <= item <= MAX_SIZE:
+                ranges.append((item, item))
+            else:
+                raise _refuse(f"{item!r} must be a {what} number from 0 on, or a range like `3-9`")
+        if not ranges:
+            raise _refuse(f"is empty; name at least one {what} number")
+        return tuple(ranges)
+
+    return parse
+
+
+def _which_grids(value: Any) -> str | int:
+    if value in ("all", "first", "last", "largest") or (_is_int(value) and 0 <= value < 2**31):
+        return value
+    raise _refuse(f"{value!r} must be all, first, last, largest, or the number of a grid from 0 on")
 
 
 def _phase_names(value: Any) -> Any:
@@ -168,8 +177,24 @@ Sizes = Annotated[Any, _per_axis(_size), _either_json(_SIZE_JSON)]
 Flags = Annotated[Any, _per_axis(_flag), _either_json({"type": "boolean"})]
 Names = Annotated[tuple[str, ...], PlainValidator(_names), _either_json(_NAME_JSON, None)]
 Indices = Annotated[
-    tuple[tuple[int, int], ...], PlainValidator(_index_ranges), _either_json(_INDEX_JSON, None)
+    tuple[tuple[int, int], ...], PlainValidator(_ranges("layer")), _either_json(_INDEX_JSON, None)
 ]
+Heads = Annotated[
+    tuple[tuple[int, int], ...], PlainValidator(_ranges("head")), _either_json(_INDEX_JSON, None)
+]
+WhichGrids = Annotated[
+    Any,
+    PlainValidator(_which_grids),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["all", "first", "last", "largest"]},
+                {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            ]
+        }
+    ),
+]
+BetweenGrids = Literal["full", "none", "aligned"]
 GlobalTokens = Literal["prefix", "suffix", "none"]
 KeyMask = Literal["global_tokens", "none"]
 
@@ -239,6 +264,9 @@ class RuleEntry(Closed):
         None, description="Only token grids with this many axes."
     )
     phases: Names | None = Field(None, description="Only in these phases.")
+    heads: Heads | None = Field(
+        None, description="Only for these query heads, from 0 on: 3, `0-7`, or a list."
+    )
     dense: Flag | None = Field(None, description="true: leave dense.")
     window: Windows | None = Field(
         None, description="Keys a query sees per axis: tokens, `full`, or a share such as 1/2."
@@ -252,6 +280,13 @@ class RuleEntry(Closed):
         None,
         description="Grid that window and stride are given for, to be scaled; `full`: do not.",
     )
+    grids: WhichGrids | None = Field(
+        None, description="Which grids of a sequence get the window; the others stay full."
+    )
+    between_grids: BetweenGrids | None = Field(
+        None,
+        description="What grids see of each other: all, nothing, or their windows where they align.",
+    )
     layout: LayoutEntry | None = Field(None, description="Overrides the policy's layout.")
     global_tokens: GlobalTokens | None = Field(
         None, description="Overrides the policy's global_tokens."
@@ -259,7 +294,7 @@ class RuleEntry(Closed):
     key_mask: KeyMask | None = Field(None, description="Overrides the policy's key_mask.")
 
 
-CONDITIONS = frozenset({"layers", "index", "module", "tokens", "grid_rank", "phases"})
+CONDITIONS = frozenset({"layers", "index", "module", "tokens", "grid_rank", "phases", "heads"})
 """The keys of a rule that say where it applies; any other says what it does there."""
 
 

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gna_compile.graph.tokens.position_ids import SeenIds, may_be_ids, one_grid, several_grids
+from gna_compile.graph.tokens.position_ids import (
+    SeenIds,
+    images_in,
+    may_be_ids,
+    one_grid,
+    several_grids,
+)
 from gna_compile.prepared.packed_grid import Grid, PackedGrid
 
 # Which dimensions of a latent are axes of space: [B, C, H, W]; with frames [B, C, T, H, W],
@@ -209,11 +215,12 @@ class Watch:
             if isinstance(value, torch.Tensor) and may_be_ids(name, value):
                 if name != IDS and _TEXT.search(name):
                     continue
-                runs = self._ids.setdefault(name, SeenIds()).runs(value)
-                if name == IDS and not runs:
+                pieces = self._ids.setdefault(name, SeenIds()).pieces(value)
+                images = images_in(pieces)
+                if name == IDS and len(images) < max(len(pieces), 1):
                     return ()
-                given |= bool(runs)
-                found.extend(runs)
+                given |= bool(images)
+                found.extend(images)
         return tuple(found) if given else None
 
 

@@ -76,7 +76,7 @@ def packed_grid_of(
 
 
 def _grid_of_ids(shown: Layout | Decline) -> tuple[Size, ...] | None:
-    return shown.grid if isinstance(shown, Layout) and shown.ids is not None else None
+    return shown.grid if isinstance(shown, Layout) and shown.ids else None
 
 
 def _reads_ids(root: torch.nn.Module | None, annotation: Annotation) -> bool:

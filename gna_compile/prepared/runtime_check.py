@@ -22,8 +22,15 @@ from torch import fx, nn
 from gna_compile import _torch
 from gna_compile.graph.symbols import Size, entry_of
 from gna_compile.graph.tokens.declared import same_grid
-from gna_compile.graph.tokens.layouts import Layout, times
-from gna_compile.graph.tokens.position_ids import SeenIds, same_content
+from gna_compile.graph.tokens.layouts import Layout
+from gna_compile.graph.tokens.position_ids import (
+    Piece,
+    SeenIds,
+    images_in,
+    one_grid,
+    same_content,
+    words_of_pieces,
+)
 from gna_compile.lower import Lowered
 from gna_compile.prepared.annotations import show_grid
 
@@ -44,10 +51,15 @@ class Input:
 
 @dataclass(frozen=True)
 class IdsCheck:
-    """Position of an ids tensor among a graph's inputs, and the grid that its values must show."""
+    """Ids tensors among a graph's inputs, and what their values must show together.
 
-    index: int
-    grid: tuple[int | Input, ...]
+    Attributes:
+        tables: the position of each, and its rows; None for all of them.
+        pieces: as `pieces_of` has them, with sizes that enter the graph.
+    """
+
+    tables: tuple[tuple[int, tuple[int, int] | None], ...]
+    pieces: tuple[int | tuple[int | Input, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +83,17 @@ def ids_checks(gm: fx.GraphModule, layouts: Sequence[Layout]) -> tuple[IdsCheck,
     """What must hold of the inputs of `gm` for these layouts to be true."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     checks = [
-        IdsCheck(placeholders.index(x.ids), tuple(_found(size, placeholders) for size in x.grid))
-        for x in layouts
-        if x.ids is not None
+        IdsCheck(
+            tuple((placeholders.index(node), rows) for node, rows in read.tables),
+            tuple(
+                tuple(_found(size, placeholders) for size in piece)
+                if isinstance(piece, tuple)
+                else piece
+                for piece in read.pieces
+            ),
+        )
+        for layout in layouts
+        for read in layout.ids
     ]
     return tuple(dict.fromkeys(checks))
 
@@ -115,8 +135,8 @@ class CheckedAgainstIds:
         self._rewritten, self._dense = rewritten, dense
         self._checks, self._indices = checks, indices
         self._root = weakref.ref(root) if root is not None else lambda: None
-        self._seen = {check.index: SeenIds() for check in checks}
-        self._warned: set[tuple[int, ...] | None] = set()
+        self._seen = [SeenIds() for _ in checks]
+        self._warned: set[tuple[Any, ...] | None] = set()
 
     def __call__(self, *inputs: Any) -> Any:
         for index in self._indices:
@@ -128,26 +148,45 @@ class CheckedAgainstIds:
                     )
                 self._warned.add(None)
                 return self._dense(*inputs)
-        for check in self._checks:
-            shown = self._seen[check.index].grid(inputs[check.index])
-            grid = tuple(s.of(inputs) if isinstance(s, Input) else s for s in check.grid)
-            if shown is None or not same_grid(shown, grid):
-                self._report(shown, grid)
+        for check, seen in zip(self._checks, self._seen, strict=True):
+            shown = seen.pieces(*(_rows(inputs[index], rows) for index, rows in check.tables))
+            pieces = tuple(
+                tuple(s.of(inputs) if isinstance(s, Input) else s for s in piece)
+                if isinstance(piece, tuple)
+                else piece
+                for piece in check.pieces
+            )
+            if not _alike(shown, pieces):
+                self._report(shown, pieces)
                 return self._dense(*inputs)
         return self._rewritten(*inputs)
 
-    def _report(self, shown: tuple[int, ...] | None, grid: tuple[int, ...]) -> None:
+    def _report(self, shown: Sequence[Piece], pieces: Sequence[Any]) -> None:
         root = self._root()
-        prepared = root is not None and show_grid(root, shown)
-        if shown in self._warned:
+        prepared = root is not None and show_grid(root, one_grid(shown))
+        if tuple(shown) in self._warned:
             return
-        self._warned.add(shown)
+        self._warned.add(tuple(shown))
         log.warning(
             "position ids describe %s, the graph was compiled for %s; using dense attention%s",
-            "no grid" if shown is None else f"grid {times(shown)}",
-            times(grid),
+            words_of_pieces(shown) if images_in(shown) else "no grid",
+            words_of_pieces(pieces),
             " (the next call uses the grid of the ids)"
             if prepared
             else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
             "when the grid changes",
         )
+
+
+def _rows(ids: torch.Tensor, rows: tuple[int, int] | None) -> torch.Tensor:
+    return ids if rows is None else ids[..., slice(*rows), :]
+
+
+def _alike(shown: Sequence[Piece], pieces: Sequence[Any]) -> bool:
+    """Whether ids show these pieces; leading axes of length 1 are none of theirs."""
+    return len(shown) == len(pieces) and all(
+        same_grid(ours, theirs)
+        if isinstance(ours, tuple) and isinstance(theirs, tuple)
+        else ours == theirs
+        for ours, theirs in zip(shown, pieces, strict=True)
+    )

@@ -47,8 +47,11 @@ class Problem:
 
     @property
     def is_one_grid(self) -> bool:
-        """Whether the pattern is one grid with global tokens around it."""
-        return self.pattern.neighborhood is not None
+        """Whether it is one grid with global tokens around it, which a key mask covers."""
+        found = self.pattern.neighborhood
+        if found is None:
+            return False
+        return not self.has_key_mask or found.global_tokens == self.pattern.global_keys
 
     @property
     def neighborhood(self) -> Neighborhood:

@@ -41,12 +41,18 @@ def table_of(rows: Sequence[Row]) -> Table:
 def _becomes(row: Row) -> str:
     if row.reason:
         return f"dense: {row.reason}"
-    lines = [f"gna {row.window} / {row.stride}", f"on {row.provider}"]
-    if set(row.dilation) - set("1x"):
-        lines.insert(1, f"dilation {row.dilation}")
+    if ":" in row.window:
+        groups = zip(row.window.split("; "), row.stride.split("; "), strict=True)
+        lines = ["gna, heads", *(f"{w} / {s.split(': ')[1]}" for w, s in groups)]
+    else:
+        lines = [f"gna {row.window} / {row.stride}"]
+    if set(row.dilation) - set("1x+ "):
+        lines.append(f"dilation {row.dilation}")
     if "causal" in row.causal:
-        lines.insert(1, f"causal {row.causal}")
-    return "\n".join(lines)
+        lines.append(f"causal {row.causal}")
+    if row.between_grids not in ("", "full"):
+        lines.append(f"between grids: {row.between_grids}")
+    return "\n".join([*lines, f"on {row.provider}"])
 
 
 def reasons_in_words(rows: Sequence[Row]) -> list[str]:

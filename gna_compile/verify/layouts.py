@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from gna_compile import _torch
-from gna_compile.graph.symbols import is_known
+from gna_compile.graph.symbols import same_shape
 from gna_compile.graph.tokens.layouts import Layout
 from gna_compile.lower import Lowered
 from gna_compile.verify.probe import Probe
@@ -113,8 +113,15 @@ class Verification:
 
 
 def _is_same(one: Layout, other: Layout) -> bool:
-    sizes = zip((*one.grid, one.prefix), (*other.grid, other.prefix), strict=False)
-    return len(one.grid) == len(other.grid) and all(is_known(a == b) for a, b in sizes)
+    if len(one.segments) != len(other.segments):
+        return False
+    pairs = [
+        (a if isinstance(a, tuple) else (a,), b if isinstance(b, tuple) else (b,))
+        for a, b in zip(one.segments, other.segments, strict=True)
+    ]
+    kinds = [isinstance(segment, tuple) for segment in one.segments]
+    same_kinds = kinds == [isinstance(segment, tuple) for segment in other.segments]
+    return same_kinds and all(same_shape(a, b) for a, b in pairs)
 
 
 def _name_of_input(node: fx.Node) -> str:

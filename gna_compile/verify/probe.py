@@ -70,8 +70,10 @@ class Probe:
             graph = site.node.graph
             known = sizes.setdefault(graph, SizeNodes(graph))
             claimed = [
-                ([known.node_for(size) for size in layout.grid], known.node_for(layout.prefix))
+                ([known.node_for(size) for size in grid], known.node_for(start))
                 for layout in layouts
+                for start, grid in layout.placed
+                if isinstance(grid, tuple)
             ]
             operands = (site.query, site.key, site.value)
             with graph.inserting_before(site.node):

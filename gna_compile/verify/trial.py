@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gna_compile.graph.tokens.declared import same_grid
 from gna_compile.graph.tokens.layouts import times
-from gna_compile.graph.tokens.position_ids import may_be_ids, one_grid, runs_from_ids
+from gna_compile.graph.tokens.position_ids import may_be_ids, one_grid, pieces_of
 from gna_compile.verify.probe import OPERANDS, Probe
 from gna_compile.verify.reactions import (
     ALONG_IT,
@@ -267,7 +267,7 @@ class Trial:
         for name, value in zip(self._names, self._inputs, strict=True):
             if not isinstance(value, Tensor) or not may_be_ids(name, value):
                 continue
-            shown = one_grid(runs_from_ids(value)) if value.shape[-2] == math.prod(grid) else None
+            shown = one_grid(pieces_of(value)) if value.shape[-2] == math.prod(grid) else None
             if shown is not None and not same_grid(shown, grid):
                 text = f"the input {name} shows {times(shown)}"
                 subject.failures.setdefault(None, self._message(subject, text))

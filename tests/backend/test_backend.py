@@ -32,7 +32,7 @@ import gna_compile
 from gna_compile import backend, lower
 from gna_compile.backend import gna
 from gna_compile.graph.tokens import position_ids
-from gna_compile.graph.tokens.position_ids import runs_from_ids
+from gna_compile.graph.tokens.position_ids import pieces_of
 from gna_compile.options import OptionsError
 from gna_compile.prepared.annotations import annotation_of
 
@@ -854,11 +854,11 @@ def test_new_ids_are_read_once_whether_they_fit_or_not(
     def counting(ids: Tensor) -> Any:
         nonlocal reads
         reads += 1
-        return runs_from_ids(ids)
+        return pieces_of(ids)
 
     with caplog.at_level(logging.WARNING, "gna_compile"):
         run(**flux_inputs((8, 10)))
-        monkeypatch.setattr(position_ids, "runs_from_ids", counting)
+        monkeypatch.setattr(position_ids, "pieces_of", counting)
         for _ in range(3):
             run(**other)
     assert reads == 1

@@ -296,7 +296,7 @@ def test_a_wrong_layout_of_a_sample_is_found(monkeypatch: pytest.MonkeyPatch) ->
     rule: Any = policy({"window": 3})
     for grid in (GRID, GRID[::-1]):
         torch._dynamo.reset()
-        layout = Layout(grid, source="forged")
+        layout = Layout.of_grid(grid, source="forged")
         monkeypatch.setattr(decide, "resolve", lambda *_, layout=layout: layout)
         net = Net("fused")
         run = torch.compile(
@@ -313,7 +313,7 @@ def test_a_wrong_layout_of_a_sample_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_keys_of_another_sample_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenFlow, "relation", lambda *_: "self")
-    monkeypatch.setattr(decide, "resolve", lambda *_: Layout(GRID, source="forged"))
+    monkeypatch.setattr(decide, "resolve", lambda *_: Layout.of_grid(GRID, source="forged"))
 
     def tokens(x: Tensor) -> Tensor:
         return x.flatten(-2).mT.unsqueeze(1)

@@ -16,7 +16,9 @@ from torch import Tensor
 # image (and per window) in Python.
 SELF_ATTENTIONS = {
     "flux": [94] * 4,
+    "flux-kontext": [174] * 4,
     "flux2": [94] * 4,
+    "flux2-references": [204] * 4,
     "flux3": [14] * 2 + [80] * 2 + [94] * 2,
     "flux3-reference": [14] * 2 + [80] * 2 + [30] * 2 + [124] * 2,
     "sd3": [94, 80, 94],
@@ -127,7 +129,7 @@ def test_a_text_without_a_grid_is_no_layout() -> None:
 
 
 def test_the_mask_of_a_layout() -> None:
-    mask = layout_mask("2 + 3x4 + 1", (1, 2), (1, 2))
+    mask = layout_mask("2 + 3x4 + 1", [(1, 2)], [(1, 2)])
     seen = torch.zeros(3, 4, 3, 4, dtype=torch.bool)
     for row in range(3):
         for column in range(4):
@@ -138,7 +140,7 @@ def test_the_mask_of_a_layout() -> None:
 
 def test_queries_of_five_dimensions_are_masked_too() -> None:
     query = torch.randn(3, 2, 2, 6, 4)
-    with masked(torch.nn.Identity(), lambda call: layout_mask("2x3", (1, 3))) as calls:
+    with masked(torch.nn.Identity(), lambda call: layout_mask("2x3", [(1, 3)])) as calls:
         rows = torch.nn.functional.scaled_dot_product_attention(query, query, query)
     assert calls[0].masked and calls[0].query == query.shape
     first = query[..., :3, :]

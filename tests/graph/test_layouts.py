@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gna_compile.graph.sites.find import find_sites
 from gna_compile.graph.tokens.declared import resolve
 from gna_compile.graph.tokens.layouts import Layout, TokenFlow
-from gna_compile.graph.tokens.position_ids import grid_from_ids
+from gna_compile.graph.tokens.position_ids import one_grid, pieces_of
 from gna_compile.policy import DeclaredLayout
 from gna_compile.reasons import Decline, Reason
 
@@ -43,6 +43,10 @@ def text(layout: Layout | Decline) -> str:
         return layout.reason.value
     grid = "x".join(str(_hint(size)) for size in layout.grid)
     return f"{_hint(layout.prefix)}+{grid}+{_hint(layout.suffix)}"
+
+
+def grid_from_ids(ids: Tensor) -> tuple[int, int] | None:
+    return one_grid(pieces_of(ids))
 
 
 def _hint(size: Any) -> int:
@@ -319,7 +323,7 @@ def test_position_ids_show_a_grid_by_their_values() -> None:
     (layout,) = look(with_ids, torch.randn(1, 60, WIDTH), flux_ids((6, 10))).layouts
     assert text(layout) == "0+6x10+0"
     assert isinstance(layout, Layout)
-    assert layout.ids is not None
+    assert layout.ids
     (layout,) = look(with_ids, torch.randn(1, 60, WIDTH), flux_ids((10, 6))).layouts
     assert text(layout) == "0+10x6+0"
 

@@ -17,10 +17,9 @@ from torch.nn import functional as F
 import gna_compile
 from gna_compile.graph.tokens.position_ids import (
     SeenIds,
-    grid_from_ids,
-    runs_from_ids,
-    several_grids,
-    why_no_grid,
+    one_grid,
+    pieces_of,
+    words_of_pieces,
 )
 
 POLICY: dict[str, Any] = {
@@ -140,17 +139,21 @@ def test_a_prepared_model_forgets_ids_that_are_not_given() -> None:
         torch.testing.assert_close(model(x), plain(x))
 
 
+def grid(seen: SeenIds, ids: Tensor) -> tuple[int, int] | None:
+    return one_grid(seen.pieces(ids))
+
+
 def test_ids_of_another_kind_are_read_again() -> None:
     seen, ids = SeenIds(), flux_ids((6, 8))
-    assert seen.grid(ids) == (6, 8)
-    assert seen.grid(ids.half()) == (6, 8)
-    assert seen.grid(ids.expand(2, -1, -1)) == (6, 8)
-    assert seen.grid(torch.stack([ids, flux_ids((8, 6))])) is None
-    assert seen.grid(ids.to("meta")) is None
-    assert seen.grid(ids.long()) == (6, 8)
-    assert seen.grid(torch.full((48, 3), float("nan"))) is None
+    assert grid(seen, ids) == (6, 8)
+    assert grid(seen, ids.half()) == (6, 8)
+    assert grid(seen, ids.expand(2, -1, -1)) == (6, 8)
+    assert grid(seen, torch.stack([ids, flux_ids((8, 6))])) is None
+    assert grid(seen, ids.to("meta")) is None
+    assert grid(seen, ids.long()) == (6, 8)
+    assert grid(seen, torch.full((48, 3), float("nan"))) is None
     for twin in (copy.deepcopy(seen), pickle.loads(pickle.dumps(seen))):
-        assert twin.grid(flux_ids((4, 12))) == (4, 12)
+        assert grid(twin, flux_ids((4, 12))) == (4, 12)
 
 
 def images(*sizes: tuple[float, int, int], columns: int = 3) -> Tensor:
@@ -164,24 +167,32 @@ def images(*sizes: tuple[float, int, int], columns: int = 3) -> Tensor:
 @pytest.mark.parametrize("columns", [3, 4])
 def test_images_one_after_another_are_no_axis(columns: int) -> None:
     two = images((0, 6, 10), (1, 6, 10), columns=columns)
-    assert grid_from_ids(two) is None
-    assert runs_from_ids(two) == ((6, 10), (6, 10))
-    assert why_no_grid(two) == (
-        "2 grids one after another: 6×10 and 6×10; several grids are not rewritten yet"
-    )
+    assert pieces_of(two) == ((6, 10), (6, 10))
+    assert one_grid(pieces_of(two)) is None
     three = images((0, 6, 10), (10, 4, 4), (20, 1, 5), columns=columns)
-    assert runs_from_ids(three) == ((6, 10), (4, 4), (1, 5))
-    assert "3 grids one after another: 6×10, 4×4 and 1×5;" in several_grids(runs_from_ids(three))
-    assert runs_from_ids(images((10, 6, 10), columns=columns)) == ((6, 10),)
+    assert pieces_of(three) == ((6, 10), (4, 4), 5)  # a row is a mere enumeration
+    assert words_of_pieces(pieces_of(three)) == "6×10 + 4×4 + 5"
+    assert pieces_of(images((10, 6, 10), columns=columns)) == ((6, 10),)
 
 
-def test_tokens_that_are_no_images_are_no_runs() -> None:
+def test_text_may_lie_anywhere_among_images() -> None:
+    text = torch.zeros(5, 4)
+    text[:, 3] = torch.arange(1, 6)
+    image, reference = images((0, 6, 8), columns=4), images((10, 4, 4), columns=4)
+    assert pieces_of(torch.cat([text, image])) == (5, (6, 8))
+    assert pieces_of(torch.cat([image, text, reference])) == ((6, 8), 5, (4, 4))
+    counted = torch.arange(7.0)[:, None].expand(7, 3)  # (i, i, i), as language models have it
+    shifted = images((7, 6, 8))
+    assert pieces_of(torch.cat([counted, shifted, counted + 20])) == (7, (6, 8), 7)
+    assert pieces_of(torch.cat([torch.zeros(3, 3), images((0, 6, 8))])) == ()  # of one image's t
+
+
+def test_tokens_that_are_no_images_are_no_pieces() -> None:
     two = images((0, 6, 10), (1, 6, 10))
     mixed = two[torch.randperm(len(two), generator=torch.Generator().manual_seed(0))]
     alternating = torch.stack([two[:60], two[60:]], dim=1).flatten(0, 1)
     places = images((0, 6, 10), columns=4)
     places[:, 3] = torch.arange(60)
-    for ids in (mixed, alternating, places, two[:, :2], torch.zeros(12, 3), two[None, None]):
-        assert runs_from_ids(ids) == ()
-        assert grid_from_ids(ids) is None
-    assert "not the raster" in why_no_grid(mixed)
+    for ids in (mixed, alternating, places, two[:, :2], two[None, None], two[:0]):
+        assert pieces_of(ids) == ()
+    assert pieces_of(torch.zeros(12, 3)) == (12,)

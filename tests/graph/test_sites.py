@@ -25,6 +25,7 @@ import gna_compile.ops  # noqa: F401 - registers the op that sites are rewritten
 from gna_compile.graph import nodes
 from gna_compile.graph.mutation import shares_memory, written_by
 from gna_compile.graph.nodes import tensor_of
+from gna_compile.graph.pattern import HeadWindows, Windows
 from gna_compile.graph.rewrite import evaluate, memory_order, rewrite
 from gna_compile.graph.sites import find
 from gna_compile.graph.sites.find import Site, describe, find_sites
@@ -1315,7 +1316,10 @@ def rewritten(function: Callable[..., Any], strides: list[Any]) -> Callable[...,
         parameters = Parameters(WINDOW["window"], (1, 1), (1, 1), (False, False))
         before = [site.node.meta["example_value"] for site in sites]
         users = [next(iter(site.node.users)) for site in sites]
-        rewrite([(site, Layout(WINDOW["grid"]), parameters) for site in sites])
+        layout = Layout.of_grid(WINDOW["grid"])
+        rewrite(
+            [(site, layout, Windows((HeadWindows(site.heads, (parameters,)),))) for site in sites]
+        )
         for old, user in zip(before, users, strict=True):
             (new,) = (n for n in user.all_input_nodes if tensor_of(n) is old)
             strides.append((old, evaluate(new, old)))

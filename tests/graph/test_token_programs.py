@@ -58,9 +58,9 @@ def variant(step: str, *words: str, after: Sequence[str | tuple[str, int]]) -> t
 def test_a_stem_makes_a_grid(stem: str, grid: tuple[int, ...]) -> None:
     (truth,) = truths(stem, variant("self_attention", "self_attention bnc", after=(stem,)))
     assert truth.expected == (0, grid, 0)
-    assert not truth.fault(0, (1, *grid), 0)
-    assert truth.fault(0, grid[::-1], 0) == "another grid"
-    assert truth.fault(1, (int(np.prod(grid)) - 1,), 0)
+    assert not truth.fault((1, *grid))
+    assert truth.fault(grid[::-1]) == "another grid"
+    assert truth.fault(1, (int(np.prod(grid)) - 1,))
 
 
 @pytest.mark.parametrize("stem", ["two_images", "packed_two_images", "sequence"])
@@ -91,13 +91,13 @@ def test_wild_steps_leave_no_grid(step: str, words: tuple[str, ...]) -> None:
     whole = variant("self_attention", "self_attention bnc", after=("image_conv", drawn))
     truth = truths("image_conv", drawn, whole)[-1]
     assert truth.expected is None
-    assert all(truth.fault(0, grid, 0) for grid in ((4, 6), (2, 4, 6), (8, 6), (4, 7)))
+    assert all(truth.fault(grid) for grid in ((4, 6), (2, 4, 6), (8, 6), (4, 7)))
 
 
 def test_other_keys_are_cross_attention() -> None:
     drawn = variant("other_keys", "values rolled", after=("image_conv",))
     truth = truths("image_conv", drawn)[-1]
-    assert truth.fault(0, (4, 6), 0) == "values are not the queries' tokens"
+    assert truth.fault((4, 6)) == "values are not the queries' tokens"
 
 
 @pytest.mark.parametrize("stride", [1, 2])

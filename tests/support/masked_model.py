@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 import oracle
@@ -109,10 +110,33 @@ def parse_layout(layout: str) -> tuple[int, tuple[int, ...], int]:
     return before, tuple(map(int, parts[index].split("x"))), after
 
 
-def layout_mask(layout: str, window: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
-    """Bool [tokens, tokens]: the mask of a window on the grid of a layout."""
-    before, grid, after = parse_layout(layout)
-    return oracle.mask(grid, window, stride, prefix=before, suffix=after)
+def segments_of(layout: str) -> list[int | tuple[int, ...]]:
+    """The segments of a text like "14 + 8x10 + 6x5": tokens of no place, and grids."""
+    if "x" not in layout:
+        return list(parse_layout(layout)[1:2])
+    return [
+        tuple(map(int, part.split("x"))) if "x" in part else int(part)
+        for part in layout.split(" + ")
+    ]
+
+
+def layout_mask(
+    layout: str, windows: Sequence[Sequence[int] | None], strides: Sequence[Any] | None = None
+) -> Tensor:
+    """Bool [tokens, tokens]: the mask of a window on each grid of a layout, None for a full one."""
+    segments = segments_of(layout)
+    sizes = [segment if isinstance(segment, int) else prod(segment) for segment in segments]
+    see = torch.ones(sum(sizes), sum(sizes), dtype=torch.bool)
+    rest = zip(windows, strides or [None] * len(windows), strict=True)
+    start = 0
+    for segment, size in zip(segments, sizes, strict=True):
+        if not isinstance(segment, int):
+            window, stride = next(rest)
+            here = slice(start, start + size)
+            if window is not None:
+                see[here, here] = oracle.mask(segment, window, stride)
+        start += size
+    return see
 
 
 def layout_masks(
@@ -138,9 +162,11 @@ def layout_masks(
         ran += 1
         if not layout:
             return None
-        _, grid, _ = parse_layout(layout)
-        size = window(grid)
-        return None if size is None else layout_mask(layout, size, stride(grid) if stride else None)
+        grids = [segment for segment in segments_of(layout) if not isinstance(segment, int)]
+        windows = [window(grid) for grid in grids]
+        if all(size is None for size in windows):
+            return None
+        return layout_mask(layout, windows, [stride(grid) for grid in grids] if stride else None)
 
     return choose
 

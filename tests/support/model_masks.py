@@ -21,7 +21,9 @@ POLICY: dict[str, Any] = {
 def masks_of(explanation: Explanation, model: torch.nn.Module | None = None) -> dict[str, Any]:
     """The masks of the claimed layouts, which `test_decisions` holds to the true ones."""
     return {
-        full_name(row.layer, model): layout_mask(row.layout, sizes(row.window), sizes(row.stride))
+        full_name(row.layer, model): layout_mask(
+            row.layout, sizes_of(row.window), sizes_of(row.stride)
+        )
         for row in explanation.rows
         if row.decision == "gna"
     }
@@ -34,5 +36,8 @@ def full_name(layer: str, model: torch.nn.Module | None) -> str:
     return inside[0] if layer not in names and len(inside) == 1 else layer
 
 
-def sizes(text: str) -> list[int]:
-    return [int(n) for n in text.split("x")]
+def sizes_of(text: str) -> list[list[int] | None]:
+    """What a row says of each grid: `4x5 + full`."""
+    return [
+        None if part == "full" else [int(n) for n in part.split("x")] for part in text.split(" + ")
+    ]

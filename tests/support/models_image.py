@@ -54,6 +54,26 @@ def _flux_inputs(grid: Grid, batch: int) -> Inputs:
     }
 
 
+def _with_references(inputs: Inputs, *references: tuple[int, ...]) -> Inputs:
+    """Reference images behind the image: the first id, height and width of each."""
+    latents, ids = inputs["hidden_states"], inputs["img_ids"]
+    for first, height, width in references:
+        own = flux_ids((height, width), ids.shape[1])
+        own[:, 0] = first
+        latents = torch.cat([latents, noise(len(latents), height * width, latents.shape[2])], 1)
+        ids = torch.cat([ids, own])
+    return {**inputs, "hidden_states": latents, "img_ids": ids}
+
+
+def _kontext_inputs(grid: Grid, batch: int) -> Inputs:
+    """The image that is edited is as large as the new one, as Kontext's pipeline has it."""
+    return _with_references(_flux_inputs(grid, batch), (1, *grid))
+
+
+def _flux2_references_inputs(grid: Grid, batch: int) -> Inputs:
+    return _with_references(_flux2_inputs(grid, batch), (10, *grid), (20, 6, 5))
+
+
 def _flux2(grid: Grid) -> nn.Module:
     from diffusers import Flux2Transformer2DModel
 
@@ -474,6 +494,11 @@ JOINT = f"{TEXT} + 8x10"
 RECIPES: dict[str, Recipe] = {
     "flux": Recipe("diffusers", IMAGE, _flux, _flux_inputs, (JOINT,) * 4),
     "flux2": Recipe("diffusers", IMAGE, _flux2, _flux2_inputs, (JOINT,) * 4),
+    # Images one after another, told apart by the first column of their ids.
+    "flux-kontext": Recipe("diffusers", IMAGE, _flux, _kontext_inputs, (f"{JOINT} + 8x10",) * 4),
+    "flux2-references": Recipe(
+        "diffusers", IMAGE, _flux2, _flux2_references_inputs, (f"{JOINT} + 8x10 + 6x5",) * 4
+    ),
     # Each mode by itself first: text, image, reference image. The last has a grid of its own.
     "flux3": Recipe(
         "diffusers",
@@ -487,7 +512,7 @@ RECIPES: dict[str, Recipe] = {
         IMAGE,
         _flux3,
         _flux3_reference_inputs,
-        ("",) * 2 + ("8x10",) * 2 + ("6x5",) * 2 + (f"{JOINT} + 30",) * 2,
+        ("",) * 2 + ("8x10",) * 2 + ("6x5",) * 2 + (f"{JOINT} + 6x5",) * 2,
     ),
     # The second of the first block's two sees the image alone. Text comes last.
     "sd3": Recipe(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -463,8 +464,12 @@ class Truth:
     k: np.ndarray
     v: np.ndarray
 
-    def fault(self, prefix: int, grid: Sequence[int], suffix: int) -> str:
-        """ "" if this layout is right, else what is wrong with it."""
+    def fault(self, *segments: Segment) -> str:
+        """ "" if this layout is right, else what is wrong with it.
+
+        Args:
+            segments: in order, each a number of global tokens or a grid.
+        """
         for name, other in (("keys", self.k), ("values", self.v)):
             if other.shape != self.q.shape:
                 return f"{name} are not the queries' tokens"
@@ -472,28 +477,42 @@ class Truth:
             differ = (self.q != other) & (np.maximum(ranks[self.q], ranks[other]) >= FLAT_RANK)
             if differ.any():
                 return f"{name} are not the queries' tokens"
-        tokens = self.q.shape[1]
-        inside = self.q[:, prefix : tokens - suffix]
-        if inside.shape[1] != int(np.prod(grid)):
+        if self.q.shape[1] != sum(map(_tokens, segments)):
             return "token count"
-        outside = np.concatenate([self.q[:, :prefix], self.q[:, tokens - suffix :]], 1)
         table = self.atlas.table
-        if ((table["rank"][outside] >= CELL_RANK) & ~table["is_vague"][outside]).any():
-            return "cells of a lattice taken for global tokens"
-        for row in inside:
-            actual, fault, _ = _grid_of(self.atlas, row)
-            if actual is None:
-                return fault
-            if actual != _squeezed(grid):
-                return "another grid"
+        for segment, codes in zip(segments, self._cut(segments), strict=True):
+            if isinstance(segment, int):
+                if ((table["rank"][codes] >= CELL_RANK) & ~table["is_vague"][codes]).any():
+                    return "cells of a lattice taken for global tokens"
+                continue
+            for row in codes:
+                actual, fault, _ = _grid_of(self.atlas, row)
+                if actual is None:
+                    return fault
+                if actual != _squeezed(segment):
+                    return "another grid"
+        return self._fault_side_by_side(segments)
+
+    def _cut(self, segments: Sequence[Segment]) -> list[np.ndarray]:
+        stops = np.cumsum([_tokens(segment) for segment in segments])
+        return np.split(self.q, stops[:-1], 1)
+
+    def _fault_side_by_side(self, segments: Sequence[Segment]) -> str:
+        """Two grids with nothing between them must not be one grid in two parts."""
+        parts = list(zip(segments, self._cut(segments), strict=True))
+        for (one, before), (other, after) in pairwise(parts):
+            if isinstance(one, tuple) and isinstance(other, tuple):
+                together = np.concatenate([before, after], 1)
+                if any(_grid_of(self.atlas, row)[0] is not None for row in together):
+                    return "one grid taken for two"
         return ""
 
     @property
-    def expected(self) -> tuple[int, tuple[int, ...], int] | None:
+    def expected(self) -> tuple[Segment, ...] | None:
         """The layout of two or three axes that the site should be rewritten with, if there is one."""
         return self.layout(only_usual=True)
 
-    def layout(self, *, only_usual: bool) -> tuple[int, tuple[int, ...], int] | None:
+    def layout(self, *, only_usual: bool) -> tuple[Segment, ...] | None:
         """The layout of two or three axes that the cells have; a usual order is that of its lattice."""
         is_cell = self.atlas.table["rank"][self.q] >= CELL_RANK
         columns = np.flatnonzero(is_cell.any(0))
@@ -503,21 +522,26 @@ class Truth:
         grid, _, usual = _grid_of(self.atlas, self.q[0, prefix:stop])
         if grid is None or len(grid) < 2 or (only_usual and not usual):
             return None
-        layout = prefix, grid, self.q.shape[1] - stop
+        segments: list[Segment] = [prefix, grid, self.q.shape[1] - stop]
+        layout = tuple(segment for segment in segments if segment)
         return None if self.fault(*layout) else layout
 
     def visible(self, claim: Claim) -> np.ndarray:
         """Bool [batch and heads, tokens, tokens] from the cells' places, by the definition of GNA."""
         rows, tokens = self.q.shape
         see = np.ones((rows, tokens, tokens), dtype=bool)
-        inside = slice(claim.prefix, tokens - claim.suffix)
-        for row in range(rows):
-            at = self.atlas.table["at"][self.q[row, inside]]
-            for axis in range(3):
-                places, rank = np.unique(at[:, axis], return_inverse=True)
-                if len(places) > 1:
-                    table = axis_table(len(places), claim.stride)
-                    see[row, inside, inside] &= table[rank[:, None], rank[None, :]]
+        stops = np.cumsum([_tokens(segment) for segment in claim.segments])
+        for segment, stop in zip(claim.segments, stops, strict=True):
+            if isinstance(segment, int):
+                continue
+            inside = slice(stop - _tokens(segment), stop)
+            for row in range(rows):
+                at = self.atlas.table["at"][self.q[row, inside]]
+                for axis in range(3):
+                    places, rank = np.unique(at[:, axis], return_inverse=True)
+                    if len(places) > 1:
+                        table = axis_table(len(places), claim.stride)
+                        see[row, inside, inside] &= table[rank[:, None], rank[None, :]]
         return see
 
 
@@ -533,28 +557,37 @@ def axis_table(length: int, stride: int) -> np.ndarray:
     return see
 
 
+Segment = int | tuple[int, ...]
+"""A number of global tokens, or a grid."""
+
+
+def _tokens(segment: Segment) -> int:
+    return segment if isinstance(segment, int) else int(np.prod(segment))
+
+
 @dataclass(frozen=True)
 class Claim:
     """A layout as the backend reports it."""
 
-    prefix: int
-    grid: tuple[int, ...]
-    suffix: int
+    segments: tuple[Segment, ...]
     stride: int
 
     @classmethod
     def parse(cls, layout: str, stride: int) -> list[Claim]:
-        """`2 + 4x6x8 + 3`; two plain numbers can be read in two ways."""
+        """`2 + 4x6x8 + 3`; without a grid of several axes any one of the numbers may be one."""
         parts = [tuple(map(int, part.split("x"))) for part in layout.split(" + ")]
-        if len(parts) == 3:
-            return [cls(parts[0][0], parts[1], parts[2][0], stride)]
-        if len(parts) == 1:
-            return [cls(0, parts[0], 0, stride)]
-        grid_first = cls(0, parts[0], parts[1][0], stride)
-        grid_last = cls(parts[0][0], parts[1], 0, stride)
-        if len(parts[0]) > 1:
-            return [grid_first]
-        return [grid_last] if len(parts[1]) > 1 else [grid_first, grid_last]
+        lines = [i for i, part in enumerate(parts) if len(part) == 1]
+        chosen: list[int | None] = [None] if len(lines) < len(parts) else [*lines]
+        return [
+            cls(
+                tuple(
+                    part[0] if len(part) == 1 and i != grid else part
+                    for i, part in enumerate(parts)
+                ),
+                stride,
+            )
+            for grid in chosen
+        ]
 
 
 @dataclass(frozen=True)

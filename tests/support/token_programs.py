@@ -26,7 +26,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from token_identities import Claim, Identities, Maker, NotApplicable, Site, Sizes, Truth, Values
+from token_identities import (
+    Claim,
+    Identities,
+    Maker,
+    NotApplicable,
+    Segment,
+    Site,
+    Sizes,
+    Truth,
+    Values,
+)
 from token_steps import STEMS, STEPS, Kind, image_conv
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
@@ -339,7 +349,7 @@ def judge(
             continue
         if row.decision == "gna":
             claims = Claim.parse(row.layout, spec.stride)
-            faults = [truth.fault(c.prefix, c.grid, c.suffix) for c in claims]
+            faults = [truth.fault(*claim.segments) for claim in claims]
             kind = "wrong" if all(faults) else "rewritten" if expected else "open"
             detail = f"claimed {row.layout}, expected {expected or 'dense'}"
             outcome.sites.append(SiteResult(kind, faults[0] if all(faults) else "", detail, names))
@@ -405,22 +415,23 @@ def compare(
 def _layouts_now(row: Any, truth: Truth, stride: int) -> list[Claim]:
     """The claim, or at other sizes the one layout that the tokens have."""
     claims = Claim.parse(row.layout, stride)
-    right = [claim for claim in claims if not truth.fault(claim.prefix, claim.grid, claim.suffix)]
+    right = [claim for claim in claims if not truth.fault(*claim.segments)]
     layout = truth.layout(only_usual=False)
     if not right and layout:
-        prefix, grid, suffix = layout
-        return [Claim(prefix, grid, suffix, stride)]
+        return [Claim(layout, stride)]
     if not right:
         # An order that may be taken or not, at other sizes.
         tokens = truth.q.shape[1]
         for height in range(2, tokens):
-            if tokens % height == 0 and not truth.fault(0, (height, tokens // height), 0):
-                return [Claim(0, (height, tokens // height), 0, stride)]
+            grid = height, tokens // height
+            if tokens % height == 0 and not truth.fault(grid):
+                return [Claim((grid,), stride)]
         # One axis: as many global tokens as there are weak ones around the rest.
         for prefix in range(tokens):
             for suffix in range(tokens - prefix):
-                if not truth.fault(prefix, (tokens - prefix - suffix,), suffix):
-                    return [Claim(prefix, (tokens - prefix - suffix,), suffix, stride)]
+                segments: tuple[Segment, ...] = (prefix, (tokens - prefix - suffix,), suffix)
+                if not truth.fault(*segments):
+                    return [Claim(segments, stride)]
     return right
 
 

@@ -136,7 +136,7 @@ def forged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the backend take every attention for one of its own tokens, on a layout of ours."""
 
     def forge(grid: Sequence[int] = GRID, prefix: int = 0, suffix: int = 0) -> None:
-        layout = Layout(tuple(grid), prefix, suffix, "forged")
+        layout = Layout.of_grid(tuple(grid), prefix, suffix, "forged")
         monkeypatch.setattr(decide, "resolve", lambda *_: layout)
         monkeypatch.setattr(TokenFlow, "relation", lambda *_: "self")
 
@@ -335,7 +335,7 @@ def test_ids_that_show_other_axes(
     def swapped(*arguments: Any) -> Layout | Decline:
         layout = resolved(*arguments)
         assert isinstance(layout, Layout)
-        return replace(layout, grid=layout.grid[::-1], ids=None)
+        return replace(layout, segments=(layout.grid[::-1],), ids=())
 
     monkeypatch.setattr(decide, "resolve", swapped)
     with pytest.raises(LayoutError, match=f"the input img_ids shows {height}×{width}"):
@@ -345,7 +345,7 @@ def test_ids_that_show_other_axes(
 def test_a_wan_with_a_forged_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     built = build("wan")
     frames, height, width = built.grid
-    layout = Layout((frames, width, height), source="forged")
+    layout = Layout.of_grid((frames, width, height), source="forged")
     monkeypatch.setattr(decide, "resolve", lambda *_: layout)
     with pytest.raises(LayoutError, match=r"blocks\.0\.attn1.*hidden_states\["):
         built.run(verified(built.model))

@@ -8,41 +8,89 @@ from math import prod
 
 import numpy as np
 import numpy.typing as npt
-from torch import fx
 
 from gna_compile.graph.tokens.cells import NONE, UNKNOWN, Cells
 from gna_compile.graph.tokens.order import Order, raster_of, relative
 from gna_compile.graph.tokens.position_ids import (
+    ReadIds,
     counting_columns,
-    grid_from_ids,
+    images_in,
     name_of,
-    why_no_grid,
+    one_grid,
+    pieces_of,
+    tokens_of,
 )
 from gna_compile.graph.tokens.rows import Lines, is_plane
 from gna_compile.graph.tokens.run import Run, times
 
 MAX_AXES = 3
+NO_IMAGE = "the position ids are not the raster of an image"
 
 
-def shown_beside(run: Run, order: Order, start: int, stop: int, beside: Sequence[Lines]) -> Run:
-    """The run with the grid that something beside its tokens shows."""
+def shown_beside(
+    run: Run, order: Order, start: int, stop: int, beside: Sequence[Lines]
+) -> tuple[Run, ...]:
+    """The run with the grid that something beside its tokens shows; the runs, if it is several."""
+    found = {read for lines in beside if (read := read_ids(lines, start, stop)) is not None}
+    ids = next((node for read in found for node, _ in read.tables), None)
+    if len({read.pieces for read in found}) > 1:
+        return (replace(run, doubt="position ids of the same tokens differ", ids=ids),)
+    if any(is_partly_placed(lines, start, stop) for lines in beside):
+        return (replace(run, doubt="position ids are of other tokens, too"),)
+    for read in found:
+        if not images_in(read.pieces):
+            return (replace(run, doubt=NO_IMAGE, ids=ids, read=read if read.pieces else None),)
+        why = f"values of {name_of(read.tables[0][0])}"
+        image = one_grid(read.pieces)
+        if image is not None:
+            return (replace(run, grid=image, axes=image, why=why, ids=ids, read=read),)
+        if sum(tokens_of(piece) for piece in read.pieces) != run.size:
+            return (replace(run, doubt="position ids are those of other sizes", ids=ids),)
+        return tuple(
+            replace(run, size=tokens_of(piece), grid=piece, axes=piece, why=why, ids=ids, read=read)
+            if isinstance(piece, tuple)
+            else replace(run, size=piece, axes=(piece,), ids=ids, read=read)
+            for piece in read.pieces
+        )
+    return (_shown_by_tables(run, order, start, stop, beside),)
+
+
+def read_ids(lines: Lines, start: int, stop: int) -> ReadIds | None:
+    """What position ids show of a run, if each of its tokens has a row of them, one after another.
+
+    All columns that count have to be there, or the model put other positions in their place.
+    """
+    values, node = lines.source.values, lines.source.node
+    if values is None or node is None or is_replaced(lines):
+        return None
+    axis = len(lines.source.extents) - 2
+    patterns = lines.axes[axis]
+    if len(patterns) != 1 or patterns[0].shape[1] == 1:
+        return None
+    part = patterns[0][:, start:stop]
+    first, count = int(part[0, 0]), lines.source.extents[axis]
+    if first <= NONE or not (part == first + np.arange(stop - start)).all():
+        return None
+    if (first, stop - start) == (0, count):
+        return ReadIds(((node, None),), pieces_of(values))
+    if values.shape[-2] != count:
+        return None  # the values are those of other sizes
+    rows = first, first + stop - start
+    return ReadIds(((node, rows),), pieces_of(values[..., slice(*rows), :]))
+
+
+def is_replaced(lines: Lines) -> bool:
+    """Whether some column of position ids that tells tokens apart is missing."""
+    return lines.columns is not None and not counting_columns(lines.source.values) <= lines.columns
+
+
+def _shown_by_tables(run: Run, order: Order, start: int, stop: int, beside: Sequence[Lines]) -> Run:
     shown: dict[tuple[int, ...], str] = {}
-    ids: fx.Node | None = None
-    for lines in beside:
-        if is_partly_placed(lines, start, stop):
-            return replace(run, doubt="position ids are of other tokens, too")
-        if lines.source.values is not None and covers(lines, start, stop):
-            ids = lines.source.node
-            grid = grid_from_ids(lines.source.values)
-            if grid is None:
-                return replace(run, doubt=why_no_grid(lines.source.values), ids=ids)
-            assert ids is not None
-            shown[grid] = f"values of {name_of(ids)}"
     (axis,) = order.axes
     own = next((lines for lines in beside if lines.source is order.source), None)
     # Of a lattice of several axes the tokens are a line.
     is_flat = own is not None and not any(a for i, a in enumerate(own.axes) if i not in (0, axis))
-    if not shown and is_flat and order.source.kind != "opaque":
+    if is_flat and order.source.kind != "opaque":
         grid = _grid_of_tables(beside, start, stop)
         if grid is not None:
             shown[grid] = "graph: a table of positions"
@@ -51,32 +99,19 @@ def shown_beside(run: Run, order: Order, start: int, stop: int, beside: Sequence
                 shown.setdefault(split, "graph: reshape")
     if len(shown) > 1:
         both = " and as ".join(sorted(map(times, shown)))
-        return replace(run, doubt=f"the tokens are used as {both}", ids=ids)
+        return replace(run, doubt=f"the tokens are used as {both}")
     for grid, why in shown.items():
-        return replace(run, grid=grid, why=why, ids=ids)
-    return replace(run, ids=ids)
+        return replace(run, grid=grid, why=why)
+    return run
 
 
 def is_partly_placed(lines: Lines, start: int, stop: int) -> bool:
-    """Whether position ids of places stand beside a run, but are not its own from end to end."""
-    if not is_plane(lines.source) or covers(lines, start, stop):
+    """Whether position ids of places stand beside a run that are not its own, one for each token."""
+    if not is_plane(lines.source) or read_ids(lines, start, stop) is not None:
         return False
     return any(
         (p[:, start:stop] > NONE).any() for axis in lines.axes for p in axis if p.shape[1] > 1
     )
-
-
-def covers(lines: Lines, start: int, stop: int) -> bool:
-    """Whether the run has all rows of position ids, in their order, and all columns that count."""
-    if lines.columns is not None and not counting_columns(lines.source.values) <= lines.columns:
-        return False  # the model put other positions in their place
-    axis = len(lines.source.extents) - 2
-    patterns = lines.axes[axis]
-    if len(patterns) != 1 or patterns[0].shape[1] == 1:
-        return False
-    whole = np.arange(lines.source.extents[axis])
-    part = patterns[0][:, start:stop]
-    return part.shape[1] == len(whole) and bool((part == whole).all())
 
 
 def _grid_of_tables(beside: Sequence[Lines], start: int, stop: int) -> tuple[int, ...] | None:

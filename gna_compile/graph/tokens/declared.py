@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from gna_compile.graph.sites.find import Site
@@ -56,17 +57,17 @@ def resolve(
     if isinstance(shown, Decline):
         known = flow.known(site)
         refusal = flow.hold(known) or _contradiction(known.segments, grid, prefix)
-        return refusal or Layout(grid, prefix, suffix, "declared", None, flow.indices)
-    theirs = (shown.grid, shown.prefix, shown.suffix)
+        return refusal or Layout.of_grid(grid, prefix, suffix, "declared", indices=flow.indices)
     # What ids show is checked at every call, and no reason to hold symbols to it.
-    ours = grid if shown.ids is None else tuple(hint(size) for size in grid)
-    if not same_grid(shown.grid, ours) or not holds(shown.prefix == prefix):
+    ours = tuple(hint(size) for size in grid) if shown.ids else grid
+    declared_words = Layout.of_grid(grid, prefix, suffix).words
+    if len(shown.grids) > 1 or not (same_grid(shown.grid, ours) and holds(shown.prefix == prefix)):
         return Decline(
             Reason.LAYOUT_MISMATCH,
-            f"declared is {_words(grid, prefix, suffix)}, "
-            f"the graph shows {_words(*theirs)} ({shown.source})",
+            f"declared is {declared_words}, the graph shows {shown.words} ({shown.source})",
         )
-    return Layout(grid, prefix, suffix, "declared", shown.ids, shown.indices)
+    ids = tuple(replace(read, pieces=(grid,)) for read in shown.ids)
+    return Layout.of_grid(grid, prefix, suffix, "declared", ids, shown.indices)
 
 
 def _contradiction(
@@ -115,18 +116,16 @@ def _refines(grid: Sequence[Size], lattice: Sequence[Size]) -> bool:
 
 def _checked(site: Site, shown: Layout, global_tokens: str | None) -> Layout | Decline:
     """A layout from the graph, unless it contradicts `global_tokens` or does not fit the tokens."""
-    wrong = {"prefix": shown.suffix, "suffix": shown.prefix}.get(global_tokens or "")
-    if global_tokens == "none":
-        wrong = shown.prefix + shown.suffix
+    around = {"prefix": shown.prefix, "suffix": shown.suffix, "none": 0}.get(global_tokens or "")
+    wrong = None if around is None else shown.global_tokens - around
     if wrong is not None and not holds(wrong == 0):
         return Decline(
             Reason.LAYOUT_MISMATCH,
-            f"declared is `global_tokens: {global_tokens}`, the graph shows "
-            f"{_words(shown.grid, shown.prefix, shown.suffix)} ({shown.source})",
+            f"declared is `global_tokens: {global_tokens}`, the graph shows {shown.words} "
+            f"({shown.source})",
         )
-    tokens = shown.prefix + math.prod(shown.grid) + shown.suffix
-    if not holds(tokens == site.tokens):
-        return _miscounted(site, shown.grid, shown.prefix, shown.suffix)
+    if not holds(shown.tokens == site.tokens):
+        return _miscounted(site, shown)
     return shown
 
 
@@ -153,7 +152,8 @@ def _placed(
     )
     fits = holds(prefix + math.prod(grid) + suffix == site.tokens)
     if not fits or not holds(prefix >= 0) or not holds(suffix >= 0):
-        return _miscounted(site, grid, declared.prefix or 0, declared.suffix or 0)
+        around = declared.prefix or 0, declared.suffix or 0
+        return _miscounted(site, Layout.of_grid(grid, *around))
     if not holds(wrong == 0):
         return Decline(
             Reason.LAYOUT_MISMATCH,
@@ -163,11 +163,10 @@ def _placed(
     return prefix, suffix
 
 
-def _miscounted(site: Site, grid: Sequence[Size], prefix: Size, suffix: Size) -> Decline:
-    tokens = prefix + math.prod(grid) + suffix
+def _miscounted(site: Site, layout: Layout) -> Decline:
     return Decline(
         Reason.LAYOUT_MISMATCH,
-        f"{_words(grid, prefix, suffix)} is {tokens} tokens, the site has {site.tokens}",
+        f"{layout.words} is {layout.tokens} tokens, the site has {site.tokens}",
     )
 
 
@@ -182,8 +181,3 @@ def same_grid(shown: Sequence[Size], declared: Sequence[Size]) -> bool:
 def _without_units(grid: Sequence[Size]) -> Sequence[Size]:
     first = next((i for i, size in enumerate(grid) if not is_known(size == 1)), len(grid))
     return grid[first:]
-
-
-def _words(grid: Sequence[Size], prefix: Size, suffix: Size) -> str:
-    around = f" with prefix {prefix} and suffix {suffix}"
-    return f"the grid {times(grid)}{around}"

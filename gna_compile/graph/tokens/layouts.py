@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from gna_compile import _torch
 from gna_compile.graph.nodes import tensor_of
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, hint, holds
+from gna_compile.graph.tokens.position_ids import ReadIds
 from gna_compile.graph.tokens.reading import Reading, Relation, Run, read, times
 from gna_compile.graph.tokens.sizes import Sizes, generic_point, matching, pin, symbolic_sizes
 from gna_compile.graph.tokens.walk import Operands, Walk
@@ -32,21 +35,85 @@ __all__ = ["Layout", "Segment", "TokenFlow", "sum_of", "times", "words_of"]
 
 @dataclass(frozen=True)
 class Layout:
-    """`prefix` global tokens, a `grid` in raster order, `suffix` global tokens.
+    """The segments of a sequence of tokens, in order.
 
     Attributes:
-        grid: one to three sizes, slowest axis first; symbolic where the graph's sizes are.
+        segments: each a number of global tokens, or the lengths of a grid in raster order: one to
+            three, slowest axis first. Sizes are symbolic where the graph's are.
         source: how it is known: "declared", "graph: <operator>" or "values of <graph input>".
-        ids: the graph input whose values gave the grid; they have to be checked at every call.
+        ids: the graph inputs whose values gave grids; they have to be checked at every call.
         indices: inputs whose values say where tokens were moved to; they, too.
     """
 
-    grid: tuple[Size, ...]
-    prefix: Size = 0
-    suffix: Size = 0
+    segments: tuple[Size | tuple[Size, ...], ...]
     source: str = "graph"
-    ids: fx.Node | None = None
+    ids: tuple[ReadIds, ...] = ()
     indices: tuple[fx.Node, ...] = ()
+
+    @classmethod
+    def of_grid(
+        cls,
+        grid: Sequence[Size],
+        prefix: Size = 0,
+        suffix: Size = 0,
+        source: str = "graph",
+        ids: tuple[ReadIds, ...] = (),
+        indices: tuple[fx.Node, ...] = (),
+    ) -> Layout:
+        """One grid with global tokens around it."""
+        before, after = ([] if _is_zero(n) else [n] for n in (prefix, suffix))
+        return cls((*before, tuple(grid), *after), source, ids, indices)
+
+    @property
+    def grids(self) -> tuple[tuple[Size, ...], ...]:
+        """The grids, in order."""
+        return tuple(segment for segment in self.segments if isinstance(segment, tuple))
+
+    @property
+    def grid(self) -> tuple[Size, ...]:
+        """The only grid, or the largest of several, the first of equal ones."""
+        return max(self.grids, key=lambda grid: hint(prod(grid)))
+
+    @property
+    def placed(self) -> tuple[tuple[Size, Size | tuple[Size, ...]], ...]:
+        """Each segment, and how many tokens lie before it."""
+        starts = [0, *accumulate(map(_tokens, self.segments))]
+        return tuple(zip(starts, self.segments, strict=False))
+
+    @property
+    def prefix(self) -> Size:
+        """Tokens before the first grid."""
+        return next(start for start, segment in self.placed if isinstance(segment, tuple))
+
+    @property
+    def suffix(self) -> Size:
+        """Tokens after the last grid."""
+        last = self.segments[-1]
+        return 0 if isinstance(last, tuple) else last
+
+    @property
+    def tokens(self) -> Size:
+        return sum_of([*map(_tokens, self.segments)])
+
+    @property
+    def global_tokens(self) -> Size:
+        return sum_of([segment for segment in self.segments if not isinstance(segment, tuple)])
+
+    @property
+    def words(self) -> str:
+        """Such as 512 + 64×64 + 7."""
+        return " + ".join(
+            times(segment) if isinstance(segment, tuple) else str(segment)
+            for segment in self.segments
+        )
+
+
+def _is_zero(size: Size) -> bool:
+    return isinstance(size, int) and size == 0
+
+
+def _tokens(segment: Size | tuple[Size, ...]) -> Size:
+    return prod(segment) if isinstance(segment, tuple) else segment
 
 
 @dataclass(frozen=True)
@@ -170,25 +237,31 @@ class TokenFlow:
             return Decline(
                 Reason.LAYOUT_UNKNOWN, "queries and keys are not known to be the same tokens"
             )
-        on_grid = [i for i, segment in enumerate(known.segments) if segment.grid is not None]
-        if not on_grid:
+        grids = [segment for segment in known.segments if segment.grid is not None]
+        if not grids:
             return Decline(Reason.LAYOUT_UNKNOWN, _why_no_grid(known.segments))
-        if len(on_grid) > 1:
-            runs = " + ".join(words_of(segment) for segment in known.segments)
-            return Decline(
-                Reason.LAYOUT_UNKNOWN, f"the tokens are several grids one after another: {runs}"
-            )
-        (index,) = on_grid
-        segment = known.segments[index]
         refusal = self.hold(known)
-        return refusal or Layout(
-            segment.grid or (),
-            _total(known.segments[:index]),
-            _total(known.segments[index + 1 :]),
-            segment.run.why,
-            segment.run.ids if segment.run.why.startswith("values of") else None,
+        if refusal is not None:
+            return refusal
+        return Layout(
+            _joined(known.segments),
+            " and ".join(dict.fromkeys(segment.run.why for segment in grids)),
+            tuple(dict.fromkeys(s.run.read for s in grids if s.run.read is not None)),
             self.indices,
         )
+
+
+def _joined(segments: Sequence[Segment]) -> tuple[Size | tuple[Size, ...], ...]:
+    """The segments of a layout, neighboring global tokens as one."""
+    joined: list[Size | tuple[Size, ...]] = []
+    for segment in segments:
+        if segment.grid is not None:
+            joined.append(segment.grid)
+        elif joined and not isinstance(joined[-1], tuple):
+            joined[-1] = joined[-1] + segment.size
+        else:
+            joined.append(segment.size)
+    return tuple(joined)
 
 
 class _Following:
@@ -317,14 +390,15 @@ def _same_kind(one: Run, other: Run) -> bool:
         and bool(one.disorder) == bool(other.disorder)
         and bool(one.doubt) == bool(other.doubt)
         and one.ids is other.ids
+        and one.read == other.read
         and one.why.split(":")[0] == other.why.split(":")[0]
     )
 
 
 def _same_structure(one: Reading, other: Reading) -> bool:
     return one.relation == other.relation and [
-        (r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids) for r in one.runs
-    ] == [(r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids) for r in other.runs]
+        (r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids, r.read) for r in one.runs
+    ] == [(r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids, r.read) for r in other.runs]
 
 
 def words_of(segment: Segment) -> str:
@@ -344,10 +418,6 @@ def _why_no_grid(segments: Sequence[Segment]) -> str:
                 "these are axes of space: declare the grid with `layout`"
             )
     return Reason.LAYOUT_UNKNOWN.meaning
-
-
-def _total(segments: Sequence[Segment]) -> Size:
-    return sum_of([segment.size for segment in segments])
 
 
 def sum_of(sizes: Sequence[Size]) -> Size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -26,19 +27,91 @@ def name_of(node: fx.Node) -> str:
     return found.group() if found else node.name
 
 
-def grid_from_ids(ids: torch.Tensor) -> tuple[int, ...] | None:
-    """The grid of the one image whose tokens these position ids enumerate in raster order.
+Piece = int | tuple[int, int]
+"""A number of tokens off any image, or height and width of one."""
+
+
+@dataclass(frozen=True)
+class ReadIds:
+    """What position ids showed of neighboring tokens.
+
+    Attributes:
+        tables: the graph's inputs that are their ids one after another, and of each the rows from
+            the first to before the last; None for all of them, however many.
+        pieces: what `pieces_of` makes of them together.
+    """
+
+    tables: tuple[tuple[fx.Node, tuple[int, int] | None], ...]
+    pieces: tuple[Any, ...]
+
+
+def pieces_of(ids: torch.Tensor) -> tuple[Piece, ...]:
+    """What tokens with these position ids are, in order: images, and tokens off any image.
+
+    Columns are (t, h, w) or (t, h, w, l). The first and the last one tell images apart (a model for
+    image editing gives its reference images other values), so they are no axes: a new image begins
+    where they change.
+
+        t   0 0 0 | 0 0 0 0 0 0 | 1 1 1 1
+        h   0 0 0 | 0 0 0 1 1 1 | 0 0 1 1     three tokens of text, each with an l of its own,
+        w   0 0 0 | 0 1 2 0 1 2 | 0 1 0 1     an image of 2 x 3, then one of 2 x 2
+        l   1 2 3 | 0 0 0 0 0 0 | 0 0 0 0
+
+    Every value is checked: within an image h and w must count up in equal steps in raster order,
+    from any first value. Tokens that count along one line, or not at all, are off any image.
 
     Args:
         ids: coordinates [tokens, columns], or [batch, tokens, columns] with equal rows for the
             whole batch. Copied to the host once.
 
     Returns:
-        Height and width; None if the values are no such raster, or several of them (see
-        `runs_from_ids`). A single row or column is a mere enumeration, as text tokens have it, and
-        no grid.
+        The pieces, neighboring ones off images as one; () if some tokens are anything else.
     """
-    return one_grid(runs_from_ids(ids))
+    table = _table_of(ids)
+    if table is None:
+        return ()
+    apart = table[:, [0, *range(3, table.shape[1])]]
+    starts = (apart[1:] != apart[:-1]).any(1).nonzero().flatten() + 1
+    pieces: list[Piece] = []
+    is_off = torch.ones(len(table), dtype=torch.bool)
+    for start, stop in pairwise([0, *starts.tolist(), len(table)]):
+        if stop - start > 1:
+            rows, columns = table[start:stop, 1], table[start:stop, 2]
+            image = _raster(rows, columns)
+            if image is not None and min(image) > 1:
+                pieces.append(image)
+                is_off[start:stop] = False
+                continue
+            if not (_has_equal_steps(rows) and _has_equal_steps(columns)):
+                return ()
+        if pieces and isinstance(pieces[-1], int):
+            pieces[-1] += stop - start
+        else:
+            pieces.append(stop - start)
+    return () if is_off.any() and _is_plane(table[is_off, 1:3]) else tuple(pieces)
+
+
+def _table_of(ids: torch.Tensor) -> torch.Tensor | None:
+    """The coordinates [tokens, columns] on the host, if they can be read and are one for a batch."""
+    unreadable = isinstance(ids, _torch.FakeTensor) or ids.is_meta
+    if unreadable or ids.ndim not in (2, 3) or not ids.numel() or ids.shape[-1] not in COLUMNS:
+        return None
+    table = ids.detach().to("cpu", torch.float64)
+    if table.ndim == 3:
+        if not bool((table == table[:1]).all()):
+            return None
+        table = table[0]
+    return table
+
+
+def are_places(ids: torch.Tensor) -> bool:
+    """Whether position ids tell tokens apart on a plane, and do not merely enumerate them."""
+    return _is_plane(ids.reshape(-1, ids.shape[-1])[:, 1:3])
+
+
+def _is_plane(places: torch.Tensor) -> bool:
+    rows, columns, cells = (len(part.unique(dim=0)) for part in (*places.split(1, 1), places))
+    return cells > max(rows, columns)
 
 
 def counting_columns(ids: torch.Tensor) -> frozenset[int]:
@@ -47,58 +120,25 @@ def counting_columns(ids: torch.Tensor) -> frozenset[int]:
     return frozenset(i for i in range(table.shape[-1]) if bool((table[:, i] != table[0, i]).any()))
 
 
-def one_grid(runs: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """The grid if the tokens are one image of more than one row and column."""
-    return runs[0] if len(runs) == 1 and min(runs[0]) > 1 else None
+def one_grid(pieces: Sequence[Piece]) -> tuple[int, int] | None:
+    """The grid if the tokens are one image."""
+    images = images_in(pieces)
+    return images[0] if len(pieces) == len(images) == 1 else None
 
 
-def runs_from_ids(ids: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """The images whose tokens position ids enumerate one after another: height and width of each.
-
-    Columns are (t, h, w) or (t, h, w, l). The first one tells images apart (a model for image
-    editing gives its reference images other values), so it is no axis: a new image begins where it
-    changes:
-
-        t   0 0 0 0 0 0 | 1 1 1 1
-        h   0 0 0 1 1 1 | 0 0 1 1     an image of 2 x 3, then one of 2 x 2
-        w   0 1 2 0 1 2 | 0 1 0 1
-
-    Every value is checked: within an image h and w must count up in equal steps in raster order,
-    from any first value, and nothing else may change.
-
-    Args:
-        ids: as for `grid_from_ids`.
-
-    Returns:
-        The images in order; () if any part of the tokens is no image of two or more tokens.
-    """
-    unreadable = isinstance(ids, _torch.FakeTensor) or ids.is_meta
-    if unreadable or ids.ndim not in (2, 3) or not ids.numel() or ids.shape[-1] not in COLUMNS:
-        return ()
-    table = ids.detach().to("cpu", torch.float64)
-    if table.ndim == 3:
-        if not bool((table == table[:1]).all()):
-            return ()
-        table = table[0]
-    if not bool((table[:, 3:] == table[0, 3:]).all()):
-        return ()
-    starts = (table[1:, 0] != table[:-1, 0]).nonzero().flatten() + 1
-    edges = [0, *starts.tolist(), len(table)]
-    runs = []
-    for start, stop in pairwise(edges):
-        size = _raster(table[start:stop, 1], table[start:stop, 2])
-        if size is None:
-            return ()
-        runs.append(size)
-    return tuple(runs)
+def tokens_of(piece: Piece) -> int:
+    return piece if isinstance(piece, int) else piece[0] * piece[1]
 
 
-def why_no_grid(ids: torch.Tensor) -> str:
-    """In words, why `grid_from_ids` shows none: the images if there are several."""
-    runs = runs_from_ids(ids)
-    if len(runs) < 2:
-        return "the position ids are not the raster of an image"
-    return several_grids(runs)
+def images_in(pieces: Sequence[Piece]) -> tuple[tuple[int, int], ...]:
+    """Height and width of the images among pieces, in order."""
+    return tuple(piece for piece in pieces if isinstance(piece, tuple))
+
+
+def words_of_pieces(pieces: Sequence[Any]) -> str:
+    """Pieces as text: `grid 64×64`, or `512 + 64×64 + 32×32`."""
+    texts = ["×".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in pieces]
+    return f"grid {texts[0]}" if one_grid(pieces) else " + ".join(texts)
 
 
 def several_grids(runs: Sequence[Sequence[int]]) -> str:
@@ -137,26 +177,30 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[torch.Tensor, tuple[tuple[int, int], ...]] | None = None
+        self._seen: tuple[list[torch.Tensor], tuple[Piece, ...]] | None = None
 
-    def runs(self, ids: torch.Tensor) -> tuple[tuple[int, int], ...]:
-        """As `runs_from_ids`."""
-        if isinstance(ids, _torch.FakeTensor) or ids.is_meta:
+    def pieces(self, *tables: torch.Tensor) -> tuple[Piece, ...]:
+        """As `pieces_of`, of tables one after another."""
+        if any(isinstance(table, _torch.FakeTensor) or table.is_meta for table in tables):
             return ()
         seen = self._seen
-        if seen is None or not same_content(seen[0], ids):
+        if seen is None or not all(map(same_content, seen[0], tables)):
             with torch.no_grad():
-                copy = ids.detach().clone()
-            # Of the copy, which nothing else can change in between.
-            self._seen = seen = copy, runs_from_ids(copy)
+                copies = [table.detach().clone() for table in tables]
+            # Of the copies, which nothing else can change in between.
+            self._seen = seen = copies, pieces_of(joined(copies))
         return seen[1]
-
-    def grid(self, ids: torch.Tensor) -> tuple[int, ...] | None:
-        """As `grid_from_ids`."""
-        return one_grid(self.runs(ids))
 
     def __reduce__(self) -> Any:
         return SeenIds, ()
+
+
+def joined(tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Position ids one after another; of equal columns and batch, or with no batch at all."""
+    if len(tables) == 1:
+        return tables[0]
+    alike = len({(table.ndim, table.shape[-1], *table.shape[:-2]) for table in tables}) == 1
+    return torch.cat(list(tables), -2) if alike else tables[0].new_empty(0, tables[0].shape[-1])
 
 
 def same_content(copy: torch.Tensor, ids: torch.Tensor) -> bool:

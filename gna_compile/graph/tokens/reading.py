@@ -9,16 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
-from gna_compile.graph.tokens.beside import MAX_AXES, covers, fits, is_partly_placed, shown_beside
+from gna_compile.graph.tokens.beside import (
+    MAX_AXES,
+    NO_IMAGE,
+    fits,
+    is_partly_placed,
+    read_ids,
+    shown_beside,
+)
 from gna_compile.graph.tokens.cells import NONE, Source, Tokens
 from gna_compile.graph.tokens.order import Order, order_of
-from gna_compile.graph.tokens.position_ids import grid_from_ids, why_no_grid
+from gna_compile.graph.tokens.position_ids import ReadIds, images_in, joined, pieces_of
 from gna_compile.graph.tokens.rows import (
     Lines,
     Relation,
@@ -132,8 +139,54 @@ def _runs_of(q: Rows, v: Rows) -> Iterator[Run]:
             for lines in own
             if lines.source in adding and present[lines.source][start:stop].any()
         ]
-        runs.append(_run(start, stop, main, parts, q, v, present))
+        found, source = _run(start, stop, main, parts, q, v, present)
+        runs += [(run, source) for run in found]
+    cuts = [0, *accumulate(run.size for run, _ in runs)]
     yield from _doubted(runs, cuts, own, present, q)
+
+
+def _with_joined_ids(
+    runs: Sequence[tuple[Run, Source | None]], q: Rows
+) -> list[tuple[Run, Source | None]]:
+    """The runs, where neighbors that ids place on images are so by their ids together, too.
+
+    One image may lie in two runs, of tokens of different origins.
+    """
+    values = {source.node: source.values for source in q if source.values is not None}
+    found = list(runs)
+    for i, ((before, _), (after, _)) in enumerate(pairwise(runs)):
+        one, other = found[i][0].read, after.read
+        if not (before.grid and after.grid and one and other) or one is other:
+            continue
+        tables = (*one.tables, *other.tables)
+        rows = [
+            table if part is None else table[..., slice(*part), :]
+            for node, part in tables
+            if (table := values[node]) is not None
+        ]
+        both = ReadIds(tables, (*one.pieces, *other.pieces))
+        agree = pieces_of(joined(rows)) == both.pieces
+        for j, (run, main) in enumerate(found):
+            if run.read is one or run.read is other:
+                doubt = "" if agree else "one image lies in tokens of several origins"
+                grid = run.grid if agree else None
+                found[j] = replace(run, grid=grid, read=both, doubt=run.doubt or doubt), main
+    return found
+
+
+def _one_lattice_once(
+    runs: Sequence[tuple[Run, Source | None]],
+) -> list[tuple[Run, Source | None]]:
+    """The runs, in doubt where one lattice is two grids, with nothing between them."""
+    found = list(runs)
+    for i, ((before, main), (after, other)) in enumerate(pairwise(runs)):
+        if not (before.grid and after.grid and main and other) or before.read or after.read:
+            continue
+        if main.whole is other.whole:
+            doubt = f"cells of `{main.name}` are two grids side by side"
+            for j in (i, i + 1):
+                found[j] = replace(runs[j][0], grid=None, doubt=doubt), runs[j][1]
+    return found
 
 
 def _doubted(
@@ -149,10 +202,13 @@ def _doubted(
     is beside the other grids, too: then none is left.
     """
     why = "tokens beside the grid are cells of a lattice, too"
-    found = [run for run, _ in runs]
-    for i, (run, main) in enumerate(runs):
-        for j, (other, _) in enumerate(runs):
+    side_by_side = _one_lattice_once(_with_joined_ids(runs, q))
+    found = [run for run, _ in side_by_side]
+    for i, (run, main) in enumerate(side_by_side):
+        for j, (other, _) in enumerate(side_by_side):
             if run.grid is None or main is None or i == j or other.grid is not None:
+                continue
+            if run.read is not None and run.read is other.read:
                 continue
             there = [line for line in own if present[line.source][cuts[j] : cuts[j + 1]].any()]
             if any(
@@ -161,7 +217,7 @@ def _doubted(
                 or is_lattice(line)
                 or _goes_back(line, cuts[j], cuts[j + 1])
                 for line in there
-            ) or _has_placed_ids(q, cuts, j):
+            ) or (other.read is None and _has_placed_ids(q, cuts, j)):
                 found[i] = replace(run, grid=None, doubt=why)
     is_lost = any(
         before.grid and not run.grid for run, (before, _) in zip(found, runs, strict=True)
@@ -193,15 +249,15 @@ def _run(
     q: Rows,
     v: Rows,
     present: dict[Source, npt.NDArray[np.int8]],
-) -> tuple[Run, Source | None]:
+) -> tuple[tuple[Run, ...], Source | None]:
     """What the tokens start .. stop are: cells of `own`, to some of which `adding` was added.
 
     Returns:
-        The run, and the source whose cells show its grid.
+        One run, or several if position ids tell them apart; and the source whose cells they are.
     """
     size = stop - start
     if not own:
-        return Run(size), None
+        return (Run(size),), None
     orders = [order_of(lines, start, stop) for lines in own]
     # Where one source's tokens are in order, another's may count along some of its axes only.
     beside = [
@@ -213,7 +269,7 @@ def _run(
         orders = [order for order in orders if not (order.trouble and order.is_known)]
     lattices = [lines for lines in adding if is_lattice(lines)]
     if len(lattices) > 1 and len({present[lines.source].tobytes() for lines in lattices}) > 1:
-        return Run(size, doubt="the tokens come from several lattices", has_tokens=True), None
+        return (Run(size, doubt="the tokens come from several lattices", has_tokens=True),), None
     added: list[tuple[Order, int]] = []
     for lines in adding:
         there = start + np.nonzero(present[lines.source][start:stop])[0]
@@ -225,12 +281,12 @@ def _run(
     for order in orders:
         if order.trouble:
             known, unknown = (order.trouble, "") if order.is_known else ("", order.trouble)
-            return Run(size, disorder=known, doubt=unknown, has_tokens=True), None
+            return (Run(size, disorder=known, doubt=unknown, has_tokens=True),), None
     best = max(
         orders, key=lambda o: (o.grid is not None, len(o.axes), -int(present[o.source].sum()))
     )
     if not best.axes and size > 1:
-        return Run(size, disorder="all of them are one token", has_tokens=True), None
+        return (Run(size, disorder="all of them are one token", has_tokens=True),), None
     run = Run(size, best.grid, best.lengths, f"graph: {best.source.name}", has_tokens=True)
     own = [*own, *adding]
     everything = [lines for lines in q.values() if lines.varies()]
@@ -245,25 +301,30 @@ def _run(
     if run.grid is not None and len(run.grid) > MAX_AXES:
         doubt = doubt or f"the tokens lie on {len(run.grid)} axes, {times(run.grid)}"
     if doubt:
-        return replace(run, grid=None, doubt=doubt), None
+        return (replace(run, grid=None, doubt=doubt),), None
     if run.grid is None and len(run.axes) == 1:
         if v[best.source].mixed:
             doubt = f"the tokens lie along one axis of `{best.source.name}` and mix another"
-            return replace(run, doubt=doubt), None
+            return (replace(run, doubt=doubt),), None
         # What was added to the tokens tells them apart; what turns queries and keys alone, where
         # they are.
         turning = [
             lines for lines in everything if lines.source.kind != "table" or lines.source not in v
         ]
-        run = shown_beside(run, best, start, stop, turning)
+        runs = shown_beside(run, best, start, stop, turning)
     elif run.grid is not None:
-        run = _unless_ids_differ(run, start, stop, everything)
-    lattice = run.grid or run.axes
-    for lines in (*beside, *extra):
-        if lines.source.kind != "table" and not fits(lines, lattice, start, stop):
-            doubt = f"`{lines.source.name}` does not lie in the order of the tokens"
-            return replace(run, grid=None, axes=(), doubt=doubt), None
-    return run, best.source
+        runs = (_unless_ids_differ(run, start, stop, everything),)
+    else:
+        runs = (run,)
+    at = start
+    for piece in runs:
+        for lines in (*beside, *extra):
+            lattice = piece.grid or piece.axes
+            if lines.source.kind != "table" and not fits(lines, lattice, at, at + piece.size):
+                doubt = f"`{lines.source.name}` does not lie in the order of the tokens"
+                return (replace(run, grid=None, axes=(), doubt=doubt),), None
+        at += piece.size
+    return runs, best.source
 
 
 def _several_lattices(orders: Sequence[Order]) -> str:
@@ -322,15 +383,20 @@ def _reordered(own: Sequence[Lines], extra: Sequence[Lines]) -> str:
 
 
 def _unless_ids_differ(run: Run, start: int, stop: int, beside: Sequence[Lines]) -> Run:
-    """The run, without its grid if position ids of the same tokens show another."""
+    """The run, without its grid if position ids of the same tokens show another.
+
+    Where it has three axes, its frames may be told apart by ids as images are.
+    """
     for lines in beside:
         if is_partly_placed(lines, start, stop):
             return replace(run, grid=None, doubt="position ids are of other tokens, too")
-        if lines.source.values is not None and covers(lines, start, stop):
-            grid = grid_from_ids(lines.source.values)
-            if grid is None or [n for n in run.grid or () if n > 1] != [n for n in grid if n > 1]:
-                why = why_no_grid(lines.source.values)
-                return replace(run, grid=None, doubt=why, ids=lines.source.node)
+        read = read_ids(lines, start, stop)
+        if read is not None:
+            images = images_in(read.pieces)
+            grid = (len(images), *images[0]) if len(set(images)) == 1 else ()
+            ours, theirs = ([n for n in lengths if n > 1] for lengths in (run.grid or (), grid))
+            if ours != theirs or len(images) < len(read.pieces):
+                return replace(run, grid=None, doubt=NO_IMAGE, ids=lines.source.node)
     return run
 
 

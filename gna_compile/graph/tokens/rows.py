@@ -19,6 +19,7 @@ from gna_compile.graph.tokens.cells import (
     is_mixture,
     reshaped,
 )
+from gna_compile.graph.tokens.position_ids import are_places
 
 Relation = Literal["self", "cross", "unknown"]
 
@@ -256,8 +257,4 @@ def is_lattice(lines: Lines) -> bool:
 
 def is_plane(source: Source) -> bool:
     """Whether a source is position ids of places, which do not merely enumerate as those of text."""
-    if source.values is None:
-        return False
-    places = source.values.reshape(-1, source.values.shape[-1])[:, 1:3]
-    rows, columns, cells = (len(part.unique(dim=0)) for part in (*places.split(1, 1), places))
-    return cells > max(rows, columns)
+    return source.values is not None and are_places(source.values)

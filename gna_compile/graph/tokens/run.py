@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from gna_compile.graph.tokens.position_ids import ReadIds
+
 
 @dataclass(frozen=True)
 class Run:
@@ -19,6 +21,7 @@ class Run:
             () if they are off any lattice, or not in order.
         why: what is shown of the grid, and by what.
         ids: the graph's input of position ids that are theirs.
+        read: what position ids showed of them, if that is how their grid is known.
         disorder: what is known to be wrong with their order.
         doubt: what is not known of them.
         has_tokens: some source's tokens stand behind them; else they are the same for any input.
@@ -29,6 +32,7 @@ class Run:
     axes: tuple[int, ...] = ()
     why: str = ""
     ids: fx.Node | None = None
+    read: ReadIds | None = None
     disorder: str = ""
     doubt: str = ""
     has_tokens: bool = False

@@ -1,0 +1,210 @@
+"""Sequences of several grids and heads that differ, from a policy to numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from models import flux_ids
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gna_compile
+from gna_compile.reasons import Reason
+from gna_compile.report.rows import Row
+
+HEADS, WIDTH, TEXT = 6, 48, 5
+WINDOW, STRIDE = (3, 4), (1, 2)
+
+
+class Joint(nn.Module):
+    """One attention over text and packed images, whose places are in `img_ids`."""
+
+    def __init__(self, kv_heads: int = HEADS) -> None:
+        super().__init__()
+        self.kv_heads = kv_heads
+        self.to_q = nn.Linear(WIDTH, WIDTH)
+        self.to_kv = nn.Linear(WIDTH, 2 * WIDTH * kv_heads // HEADS)
+        self.place = nn.Linear(3, WIDTH)
+
+    def forward(self, text: Tensor, x: Tensor, img_ids: Tensor) -> Tensor:
+        x = torch.cat([text, x + self.place(img_ids)], 1)
+        q = self.to_q(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+        k, v = self.to_kv(x).unflatten(2, (2 * self.kv_heads, -1)).transpose(1, 2).chunk(2, 1)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kv_heads < HEADS)
+
+
+def images(*sizes: tuple[int, int]) -> Tensor:
+    parts = [flux_ids(size) for size in sizes]
+    for number, part in enumerate(parts):
+        part[:, 0] = number
+    return torch.cat(parts)
+
+
+def inputs(ids: Tensor, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, TEXT, WIDTH), torch.randn(batch, len(ids), WIDTH), ids
+
+
+def policy(*rules: dict[str, Any], **top: Any) -> dict[str, Any]:
+    small: dict[str, Any] = {"min_tokens": 0, "min_speedup": 0, "allow_slow_providers": True}
+    return {"version": 1, **small, **top, "rules": list(rules)}
+
+
+def rows(model: nn.Module, given: tuple[Tensor, ...], rules: dict[str, Any]) -> Row:
+    (row,) = gna_compile.explain(model, *given, policy=rules, quiet=True).rows
+    return row
+
+
+def compiled(model: nn.Module, rules: dict[str, Any]) -> Any:
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"policy": rules, "inner": "aot_eager"}
+    return torch.compile(model, backend="gna", options=options)
+
+
+def expected(model: Joint, given: tuple[Tensor, ...], masks: list[Tensor]) -> Tensor:
+    """In float64, with a mask [tokens, tokens] for each head."""
+    text, x, ids = (t.double() for t in given)
+    model = model.double()
+    x = torch.cat([text, x + model.place(ids)], 1)
+    q = model.to_q(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+    k, v = model.to_kv(x).unflatten(2, (2 * model.kv_heads, -1)).transpose(1, 2).chunk(2, 1)
+    k, v = (t.repeat_interleave(HEADS // model.kv_heads, 1) for t in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~torch.stack(masks), -torch.inf)
+    model.float()
+    return (scores.softmax(-1) @ v).float()
+
+
+def mask(
+    grids: list[tuple[int, int]], windows: list[tuple[int, int] | None], between: str = "full"
+) -> Tensor:
+    """Bool [tokens, tokens] of text and then grids, each with its window, None for a full one."""
+    starts = [TEXT]
+    for height, width in grids:
+        starts.append(starts[-1] + height * width)
+    see = torch.ones(starts[-1], starts[-1], dtype=torch.bool)
+    for i, (grid, window) in enumerate(zip(grids, windows, strict=True)):
+        for j in range(len(grids)):
+            here = slice(starts[i], starts[i + 1]), slice(starts[j], starts[j + 1])
+            if i != j and between == "none":
+                see[here] = False
+            elif window is not None and (i == j or between == "aligned"):
+                see[here] = oracle.mask(grid, window, STRIDE)
+    return see
+
+
+TWO = [(6, 8), (6, 8)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "grids", "windows"),
+    [
+        ({}, TWO, [WINDOW, WINDOW]),
+        ({}, [(6, 8), (4, 5)], [WINDOW, WINDOW]),
+        ({"grids": "first"}, TWO, [WINDOW, None]),
+        ({"grids": "last"}, [(4, 5), (6, 8)], [None, WINDOW]),
+        ({"grids": "largest"}, [(4, 5), (6, 8), (6, 8)], [None, WINDOW, None]),
+        ({"grids": 2}, [(4, 5), (6, 8), (6, 8)], [None, None, WINDOW]),
+        ({"between_grids": "none"}, TWO, [WINDOW, WINDOW]),
+        ({"between_grids": "aligned"}, TWO, [WINDOW, WINDOW]),
+        ({"between_grids": "none", "grids": "first"}, TWO, [WINDOW, None]),
+    ],
+)
+def test_grids(rule: dict[str, Any], grids: list[Any], windows: list[Any]) -> None:
+    model, given = Joint(), inputs(images(*grids))
+    rules = policy({"window": list(WINDOW), "stride": list(STRIDE), **rule})
+    row = rows(model, given, rules)
+    assert row.layout == " + ".join([str(TEXT), *(f"{h}x{w}" for h, w in grids)])
+    assert row.window == " + ".join("full" if w is None else "3x4" for w in windows)
+    see = mask(grids, windows, str(rule.get("between_grids", "full")))
+    assert row.flop_share == pytest.approx(see.float().mean().item())
+    actual = compiled(model, rules)(*given)
+    torch.testing.assert_close(actual, expected(model, given, [see] * HEADS))
+    actual.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rule", "grids", "code", "words"),
+    [
+        ({"grids": 2}, TWO, Reason.LAYOUT_MISMATCH, "grid 2, counted from 0, and there are 2"),
+        ({"window": 5}, [(6, 8), (4, 5)], Reason.WINDOW_EXCEEDS_GRID, "grid 1 of 5 + 6×8 + 4×5"),
+        (
+            {"between_grids": "aligned"},
+            [(6, 8), (4, 5)],
+            Reason.LAYOUT_MISMATCH,
+            "cannot be aligned",
+        ),
+        ({"window": [2, 3, 4]}, TWO, Reason.LAYOUT_MISMATCH, "the rule is for 3 axes"),
+    ],
+)
+def test_grids_that_a_rule_does_not_fit(
+    rule: dict[str, Any], grids: list[Any], code: Reason, words: str
+) -> None:
+    row = rows(Joint(), inputs(images(*grids)), policy({"window": 3, **rule}))
+    assert row.reason == code.value and words in row.detail
+
+
+def test_two_images_that_are_one_by_their_tokens_alone() -> None:
+    """As many tokens as a larger image; only the ids tell, and they are asked at every call."""
+    model, rules = Joint(), policy({"window": list(WINDOW), "stride": list(STRIDE)})
+    run = compiled(model, rules)
+    for grids in (TWO, [(12, 8)], [(6, 8), (6, 8)], [(8, 12)], [(8, 6), (6, 8)]):
+        given = inputs(images(*grids))
+        if grids in (TWO, [(6, 8), (6, 8)]):
+            see = mask(TWO, [WINDOW, WINDOW])
+        else:  # compiled for two images of 6 x 8: dense
+            see = torch.ones(TEXT + 96, TEXT + 96, dtype=torch.bool)
+        torch.testing.assert_close(run(*given), expected(model, given, [see] * HEADS))
+
+
+@pytest.mark.parametrize("kv_heads", [6, 3])
+def test_heads(kv_heads: int) -> None:
+    model, given = Joint(kv_heads), inputs(images((6, 8)))
+    other = (5, 3)
+    rules = policy(
+        {"heads": "0-1", "window": list(WINDOW), "stride": list(STRIDE)},
+        {"heads": [4, "5-40"], "window": list(other), "stride": list(STRIDE)},
+    )
+    row = rows(model, given, rules)
+    assert row.window == "0-1: 3x4; 2-3: full; 4-5: 5x3"
+    masks = [mask([(6, 8)], [window]) for window in (WINDOW, None, other) for _ in range(2)]
+    assert row.flop_share == pytest.approx(torch.stack(masks).float().mean().item())
+    torch.testing.assert_close(compiled(model, rules)(*given), expected(model, given, masks))
+
+
+def test_heads_of_several_grids_and_a_rule_for_the_rest() -> None:
+    model, given = Joint(), inputs(images(*TWO))
+    rules = policy(
+        {"heads": 2, "dense": True},
+        {"heads": "0-3", "window": list(WINDOW), "stride": list(STRIDE), "grids": "first"},
+        {"window": list(WINDOW), "stride": list(STRIDE)},
+    )
+    assert (
+        rows(model, given, rules).window
+        == "0-1: 3x4 + full; 2: full; 3: 3x4 + full; 4-5: 3x4 + 3x4"
+    )
+    first, both, dense = ([WINDOW, None], [WINDOW, WINDOW], [None, None])
+    windows: list[Any] = [first, first, dense, first, both, both]
+    masks = [mask(TWO, own) for own in windows]
+    torch.testing.assert_close(compiled(model, rules)(*given), expected(model, given, masks))
+
+
+def test_rules_that_cannot_share_a_layer() -> None:
+    given = inputs(images((6, 8)))
+    low, high = {"heads": "0-2", "window": 3}, {"heads": "3-5", "window": 4}
+    row = rows(Joint(3), given, policy(low, high))
+    assert row.reason == Reason.HEADS.value and "multiples of 2" in row.detail
+    row = rows(Joint(), given, policy(low, {**high, "between_grids": "none"}))
+    assert row.reason == Reason.HEADS.value and "`between_grids` differ" in row.detail
+    row = rows(Joint(), given, policy({"heads": "9-12", "window": 3}))
+    assert row.reason == Reason.NO_RULE.value
+    row = rows(Joint(), given, policy({"heads": "0-5", "dense": True}, {"window": 3}))
+    assert row.reason == Reason.RULE_DENSE.value
+
+
+def test_rules_for_all_heads_alike_are_one_launch() -> None:
+    rules = policy({"heads": "0-2", "window": 3}, {"heads": "3-5", "window": 3})
+    assert rows(Joint(), inputs(images((6, 8))), rules).window == "3x3"
