@@ -21,6 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 C = 16  # channels
+IDS = (
+    "img_ids",
+    *(f"{name}_ids" for name in ("cond", "pose", "mask", "face", "edge", "depth", "end")),
+)
+"""What models call their position ids."""
 HEADS = 2
 
 # Codes that stand for no cell. Each is weaker than the next where two meet; cells come after
@@ -240,24 +245,23 @@ class Values(nn.Module, Ops):
         for index, buffer in enumerate(maker.buffers):
             self.register_buffer(f"index{index}", buffer)
         self.sites = nn.ModuleList(Site(spelling) for spelling in maker.spellings)
-        names = [spec.name for spec in maker.inputs]
-        self.ids_at = next((i for i, name in enumerate(names) if name.startswith("ids")), -1)
+        ids = [i for i, spec in enumerate(maker.inputs) if spec.name.startswith("ids")]
+        self.ids_at = dict(zip(IDS, ids, strict=False))
         self.reference: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
 
-    def forward(self, *inputs: Tensor, img_ids: Tensor | None = None) -> Tensor:
-        if img_ids is not None:
-            inputs = (*inputs[: self.ids_at], img_ids, *inputs[self.ids_at :])
-        state = State(inputs[0], 1, 1, 1, 1, inputs)
+    def forward(self, *inputs: Tensor, **ids: Tensor) -> Tensor:
+        everything = list(inputs)
+        for name, place in self.ids_at.items():
+            everything.insert(place, ids[name])
+        state = State(everything[0], 1, 1, 1, 1, tuple(everything))
         for step in self.steps:
             state = step(self, state)
         return state.x
 
     def arguments(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Position ids are an argument of the name that models give them."""
-        if self.ids_at < 0:
-            return list(inputs), {}
-        others = [x for i, x in enumerate(inputs) if i != self.ids_at]
-        return others, {"img_ids": inputs[self.ids_at]}
+        """Position ids are arguments of names that models give them."""
+        others = [x for i, x in enumerate(inputs) if i not in self.ids_at.values()]
+        return others, {name: inputs[place] for name, place in self.ids_at.items()}
 
     def weight(self, index: int) -> Tensor:
         return self.weights[index]

@@ -8,7 +8,7 @@ models do, and for wild ones, which do anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -201,6 +201,53 @@ def packed_two_images(m: Maker) -> Step:
     def run(o: Ops, s: State) -> State:
         x = o.linear(torch.cat([s.inputs[one], s.inputs[two]], 1), weight)
         return State(wave(o, x, s.inputs[j]), x.shape[0], 2, sizes.h, sizes.w, s.inputs)
+
+    return run
+
+
+@stem(0.6, 1.5)
+def packed_pieces(m: Maker) -> Step:
+    """Text and images in any order, of any sizes, with ids in one table or several."""
+    m.need(not m.dynamic)
+    rng, sizes = m.rng, m.sizes
+    parts: list[int] = []
+    ids: list[Tensor] = []
+    for number in range(rng.randint(2, 4)):
+        first = float(number) if rng.random() < 0.8 else 0.0
+        if rng.random() < 0.35:
+            count = rng.choice([1, 3, 4])
+            parts.append(m.input(InputSpec("text", "blc", lambda s, n=count: (s.b, n, C))))
+            steps = torch.arange(float(count))[:, None]
+            ids.append(first + steps * torch.tensor(rng.choice([[0, 0, 0], [0, 0, 1], [1, 1, 1]])))
+            continue
+        h, w = rng.randint(2, sizes.h), rng.randint(2, sizes.w)
+        cells = torch.arange(sizes.h * sizes.w).view(sizes.h, sizes.w)[:h, :w].flatten()
+        own = ids_of(replace(sizes, h=h, w=w)) + torch.tensor([first, rng.choice([0.0, 3.0]), 0.0])
+        cut = w * rng.randint(1, h - 1) if rng.random() < 0.2 else 0
+        for rows in [slice(0, cut), slice(cut, h * w)] if cut else [slice(0, h * w)]:
+            n = len(cells[rows])
+            shape = lambda s, n=n: (s.b, n, C)  # noqa: E731
+            # One row by itself is a mere enumeration, as text has it.
+            spec = InputSpec("latent", "bnc", shape, order=cells[rows], is_vague=n == w)
+            parts.append(m.input(spec))
+            ids.append(own[rows])
+    if rng.random() < 0.6:
+        ids = [torch.cat(ids)]
+    tables = [
+        m.input(
+            InputSpec("ids", "", lambda s, t=t: tuple(t.shape), make=lambda s, t=t: t, code=NEUTRAL)
+        )
+        for t in ids
+    ]
+    weight, wave = m.weight(C, C), by_ids(m)
+    tokens = sum(map(len, ids))
+    start(m, "bnc", t=1, is_open=True)
+    m.h, m.w = 1, tokens
+
+    def run(o: Ops, s: State) -> State:
+        x = o.linear(torch.cat([s.inputs[part] for part in parts], 1), weight)
+        x = wave(o, x, torch.cat([s.inputs[table] for table in tables]))
+        return State(x, x.shape[0], 1, 1, tokens, s.inputs)
 
     return run
 

@@ -318,6 +318,9 @@ def _run(
         runs = (run,)
     at = start
     for piece in runs:
+        if piece.read is not None and piece.grid and _is_cut(own, at, at + piece.size, present):
+            doubt = "position ids place tokens of several origins on one image"
+            return (replace(run, grid=None, axes=(), doubt=doubt),), None
         for lines in (*beside, *extra):
             lattice = piece.grid or piece.axes
             if lines.source.kind != "table" and not fits(lines, lattice, at, at + piece.size):
@@ -325,6 +328,14 @@ def _run(
                 return (replace(run, grid=None, axes=(), doubt=doubt),), None
         at += piece.size
     return runs, best.source
+
+
+def _is_cut(
+    own: Sequence[Lines], start: int, stop: int, present: dict[Source, npt.NDArray[np.int8]]
+) -> bool:
+    """Whether a source stands behind some tokens of a piece only."""
+    parts = (present[lines.source][start:stop] for lines in own)
+    return any(bool((part != part[0]).any()) for part in parts)
 
 
 def _several_lattices(orders: Sequence[Order]) -> str:
