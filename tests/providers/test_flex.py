@@ -38,15 +38,18 @@ from gna_compile.geometry import (
     HeadGroup,
     Link,
     Neighborhood,
+    Segment,
     Window,
     canonical,
     default_links,
 )
 from gna_compile.providers import Problem, choose
 from gna_compile.providers.cpu.provider import Cpu
+from gna_compile.providers.flex import columns, lists, tiles
 from gna_compile.providers.flex import provider as flex
 from gna_compile.providers.flex.columns import Links
-from gna_compile.providers.flex.lists import TileLists
+from gna_compile.providers.flex.cuts import AxisCut, reach
+from gna_compile.providers.flex.lists import TileLists, tile_lists
 from gna_compile.providers.flex.provider import Flex
 from gna_compile.providers.flex.tiles import TILE, Layout, lay_out
 from gna_compile.providers.portable.provider import Portable
@@ -121,17 +124,20 @@ def neighborhoods(draw: st.DrawFn) -> Neighborhood:
     return Neighborhood(parts, prefix, suffix)
 
 
-def dense(lists: TileLists, width: int) -> tuple[Tensor, Tensor]:
+def dense(listed: TileLists, width: int) -> tuple[Tensor, Tensor]:
     """Which tiles are listed, bool [tiles, width] for those with and those without a mask."""
     tables = []
-    for counts, indices in ((lists.masked_counts, lists.masked), (lists.whole_counts, lists.whole)):
+    for counts, indices in (
+        (listed.masked_counts, listed.masked),
+        (listed.whole_counts, listed.whole),
+    ):
         table = torch.zeros(len(counts), width, dtype=torch.bool)
         for row, (count, entries) in enumerate(zip(counts, indices, strict=True)):
-            listed = entries[:count].tolist()
-            assert listed == sorted(set(listed))
-            table[row, listed] = True
+            seen = entries[:count].tolist()
+            assert seen == sorted(set(seen))
+            table[row, seen] = True
         tables.append(table)
-    assert lists.masked.shape == lists.whole.shape
+    assert listed.masked.shape == listed.whole.shape
     return tables[0], tables[1]
 
 
@@ -140,10 +146,10 @@ def visible_rows(
 ) -> Tensor:
     """What the mask makes visible in tile order, bool [query rows, key rows]."""
     mask, tables = flex._tables(pattern, key_mask is not None, torch.device("cpu"))
-    tiles = flex._Tiles(mask, [*tables, *([] if key_mask is None else [key_mask])])
+    reader = flex._Tiles(mask, [*tables, *([] if key_mask is None else [key_mask])])
     queries, keys = (torch.arange(len(x.order)) for x in (layout.queries, layout.keys))
-    seen = tiles._visible(
-        torch.tensor(batch), torch.tensor(0), queries[:, None], keys[None], *tiles._buffers
+    seen = reader._visible(
+        torch.tensor(batch), torch.tensor(0), queries[:, None], keys[None], *reader._buffers
     )
     return seen.expand(len(queries), len(keys))
 
@@ -199,26 +205,80 @@ def test_lists_and_mask_are_the_geometry(neighborhood: Neighborhood, hides_keys:
 
 
 def random_pattern(rng: random.Random) -> AttentionPattern:
-    """One head; canonical or not."""
-    longest, most = rng.choice([(5, 120), (7, 200), (12, 500), (25, 700)])
+    """One head; canonical or not; some with tiles full of global tokens."""
+    longest, most = rng.choice([(5, 60), (7, 200), (12, 500), (25, 700)])
     pattern = patterns.draw(rng.getrandbits(40), longest, most)
     pattern = pattern.of_group(replace(rng.choice(pattern.head_groups), heads=1))
+    if most == 60 and rng.random() < 0.5:
+
+        def larger(segment: Segment) -> Segment:
+            is_global = isinstance(segment, GlobalTokens)
+            return GlobalTokens(40 * segment.tokens) if is_global else segment
+
+        queries, keys = (tuple(map(larger, x)) for x in (pattern.queries, pattern.keys))
+        pattern = replace(pattern, queries=queries, keys=keys)
     return canonical(pattern) if rng.random() < 0.5 else pattern
+
+
+def check_random_layout(seed: int) -> None:
+    rng = random.Random(seed)
+    pattern = random_pattern(rng)
+    visible = pattern_oracle.visible(pattern)[0]
+    key_mask = None
+    batch = rng.randrange(2)
+    if pattern.global_keys and rng.random() < 0.4:
+        chosen = [[rng.random() < 0.6 for _ in range(pattern.global_keys)] for _ in range(2)]
+        key_mask = torch.tensor(chosen)
+        visible[:, pattern_oracle.global_keys(pattern)] &= key_mask[batch]
+    check_layout(pattern, visible, key_mask, batch)
 
 
 @pytest.mark.parametrize("block", range(4))
 def test_lists_and_mask_of_any_pattern(block: int) -> None:
     for seed in range(150 * block, 150 * (block + 1)):
-        rng = random.Random(seed)
-        pattern = random_pattern(rng)
-        visible = pattern_oracle.visible(pattern)[0]
-        key_mask = None
-        batch = rng.randrange(2)
-        if pattern.global_keys and rng.random() < 0.4:
-            chosen = [[rng.random() < 0.6 for _ in range(pattern.global_keys)] for _ in range(2)]
-            key_mask = torch.tensor(chosen)
-            visible[:, pattern_oracle.global_keys(pattern)] &= key_mask[batch]
-        check_layout(pattern, visible, key_mask, batch)
+        check_random_layout(seed)
+    flex._tables.cache_clear()
+
+
+FAULTS: dict[str, tuple[object, str, Any]] = {
+    "no links": (columns, "_unlimited_parts", lambda sights, names: frozenset()),
+    "no masks": (
+        lists,
+        "reach",
+        lambda *cuts: replace(r := reach(*cuts), full_first=r.first, full_stop=r.stop),
+    ),
+    "no last tile": (
+        lists,
+        "reach",
+        lambda *cuts: replace(r := reach(*cuts), stop=(r.stop - 1).maximum(r.first)),
+    ),
+    "hidden keys in full blocks": (
+        tiles,
+        "tile_lists",
+        lambda queries, keys, sights, _: tile_lists(queries, keys, sights, False),
+    ),
+    "boxes that start with the grid": (
+        AxisCut,
+        "positions",
+        lambda cut, dilation: (
+            replace(cut, box=range(len(cut.box)), length=len(cut.box)).coordinates
+        ),
+    ),
+    "one dilation": (
+        columns,
+        "_names",
+        lambda sight: [(n, 1) for n, axis in enumerate(sight or ()) if axis is not None],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_random_layouts_notice_a_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*FAULTS[fault])
+    flex._tables.cache_clear()
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        for seed in range(300):
+            check_random_layout(seed)
     flex._tables.cache_clear()
 
 
@@ -267,6 +327,16 @@ def test_an_image_is_aligned_with_a_video() -> None:
     assert len(layout.queries.order) == len(layout.keys.order) == 4 * 256
     listed = layout.key_tiles.masked_counts + layout.key_tiles.whole_counts
     assert listed.tolist() == [6] * 6 + [8] * 2
+
+
+def test_keys_may_be_seen_under_several_dilations() -> None:
+    grid = GridTokens((30, 24))
+    windows = (Window((4, 5), dilation=(2, 1)), Window((5, 3), dilation=(3, 2)))
+    links = ((Link.WINDOW,), (Link.WINDOW,))
+    pattern = AttentionPattern((grid, grid), (grid,), links, (HeadGroup(1, windows),))
+    layout = check_layout(pattern, pattern_oracle.visible(pattern)[0], None)
+    # Axis 0 under dilation 2 and 3, axis 1 under 1 and 2.
+    assert len(layout.columns) == 4
 
 
 def test_packed_images_see_their_own_tiles() -> None:
