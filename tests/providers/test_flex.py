@@ -276,7 +276,7 @@ FAULTS: dict[str, tuple[object, str, Any]] = {
 def test_random_layouts_notice_a_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*FAULTS[fault])
     flex._tables.cache_clear()
-    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+    with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
         for seed in range(300):
             check_random_layout(seed)
     flex._tables.cache_clear()
@@ -468,6 +468,10 @@ def test_supports_says_why_not() -> None:
     assert Flex().supports(problem(neighborhood)) == "runs on cuda, not cpu"
     declines = Flex().declines
     assert declines(problem(neighborhood, head_dim=96)) is None
+    segments = (GlobalTokens(3), GridTokens((8,)), GridTokens((4, 5)))
+    group = HeadGroup(2, (Window((3,)), None))
+    general = AttentionPattern(segments, segments, default_links(segments), (group,))
+    assert declines(problem(neighborhood, head_dim=96, pattern=general)) is None
     assert declines(problem(neighborhood)) == "head_dim 8 is not between 16 and 256"
     keyless = AttentionPattern(
         (GlobalTokens(3),), (GlobalTokens(0),), ((Link.FULL,),), (HeadGroup(2, ()),)
@@ -567,8 +571,8 @@ def test_a_family_of_patterns_on_a_gpu(
 
 
 @needs_flex
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [31, 55, 60, 90, 98, 129])
 def test_random_patterns_on_a_gpu(seed: int) -> None:
-    """Laid out as they are, each compiled anew."""
+    """Some with windows, laid out as they are, each compiled anew."""
     dtype = list(TOLERANCE)[seed % 3]
-    check_random_pattern(seed, "cuda", dtype, 25, 700, TOLERANCE[dtype])
+    check_random_pattern(seed, "cuda", dtype, 25, 700, TOLERANCE[dtype], one_group=True)

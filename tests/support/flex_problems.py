@@ -138,11 +138,19 @@ class Worst:
 
 
 def check_random_pattern(
-    seed: int, device: str, dtype: torch.dtype, longest: int, most_tokens: int, tolerance: float
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    longest: int,
+    most_tokens: int,
+    tolerance: float = 2e-5,
+    one_group: bool = False,
 ) -> None:
-    """A random pattern, all its head groups, through the op."""
+    """A random pattern through the op, with all its head groups or one of them, of two heads."""
     rng = random.Random(seed)
     pattern = patterns.draw(rng.getrandbits(40), longest, most_tokens)
+    if one_group:
+        pattern = pattern.of_group(replace(rng.choice(pattern.head_groups), heads=2))
     check_pattern(pattern, Setting.draw(rng, dtype), seed, device, tolerance, Worst())
 
 

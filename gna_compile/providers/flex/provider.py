@@ -186,8 +186,8 @@ def _tables(
         tables = [table for rows in sequences for table in (rows.order, rows.rows)]
         for lists in (layout.key_tiles, layout.query_tiles):
             tables += [lists.masked_counts, lists.masked, lists.whole_counts, lists.whole]
-        for column in zip(*layout.columns, strict=True):
-            tables += column
+        for values in zip(*layout.columns, strict=True):
+            tables += values
         links = layout.links
         has_links = isinstance(links, Links)
         has_shown = not isinstance(links, Links) and bool(links.any())
@@ -322,12 +322,10 @@ class _Tiles:
             link = links[query_part[query], of_key(key_part)]
             terms = [term | (link & (1 << bit) > 0) for bit, term in enumerate(terms)]
             terms.append(link >= 1 << count)
-        visible = reduce(operator.and_, terms) if terms else None
-        if self._mask.has_shown:
-            shown = of_key(others[0])
-            visible = shown if visible is None else visible | shown
-        assert visible is not None
-        return visible
+        if not terms:
+            return of_key(others[0])
+        visible = reduce(operator.and_, terms)
+        return visible | of_key(others[0]) if self._mask.has_shown else visible
 
 
 def _read(tensor: Tensor, order: Tensor, keep: Tensor) -> Tensor:
