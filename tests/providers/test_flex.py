@@ -45,7 +45,7 @@ from gna_compile.geometry import (
 )
 from gna_compile.providers import Problem, choose
 from gna_compile.providers.cpu.provider import Cpu
-from gna_compile.providers.flex import columns, lists, tiles
+from gna_compile.providers.flex import columns, lists, steps, tiles
 from gna_compile.providers.flex import provider as flex
 from gna_compile.providers.flex.columns import Links
 from gna_compile.providers.flex.cuts import AxisCut, reach
@@ -146,10 +146,10 @@ def visible_rows(
 ) -> Tensor:
     """What the mask makes visible in tile order, bool [query rows, key rows]."""
     mask, tables = flex._tables(pattern, key_mask is not None, torch.device("cpu"))
-    reader = flex._Tiles(mask, [*tables, *([] if key_mask is None else [key_mask])])
+    reader = steps.Tiles(mask, [*tables, *([] if key_mask is None else [key_mask])])
     queries, keys = (torch.arange(len(x.order)) for x in (layout.queries, layout.keys))
-    seen = reader._visible(
-        torch.tensor(batch), torch.tensor(0), queries[:, None], keys[None], *reader._buffers
+    seen = reader.visible(
+        torch.tensor(batch), torch.tensor(0), queries[:, None], keys[None], *reader.buffers
     )
     return seen.expand(len(queries), len(keys))
 

@@ -2,7 +2,8 @@
 
 | file | idea |
 |---|---|
-| `provider.py` | what is asked of FlexAttention, and the kernels and tables that are kept |
+| `provider.py` | what it takes, and the kernels and tables that are kept |
+| `steps.py` | what is compiled: copies into tile order, FlexAttention, copies back |
 | `tiles.py` | a pattern laid out: rows of queries and keys, lists of tiles, the mask's tables |
 | `columns.py` | the mask: what limits the keys that a row sees |
 | `lists.py` | which tiles see each other |
