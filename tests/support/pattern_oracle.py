@@ -97,6 +97,7 @@ def attention(
     pattern: Any,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in float64 over a pattern, differentiable; a row without keys gives 0 and -inf.
 
@@ -107,6 +108,7 @@ def attention(
         pattern: which key each query sees.
         key_mask: bool [B, global keys], False for hidden ones.
         scale: softmax scale, by default 1 / sqrt(D).
+        seen: what `visible` says of the pattern, if that is known.
 
     Returns:
         output [B, H, queries, D] and natural logsumexp [B, H, queries], both float64.
@@ -115,7 +117,8 @@ def attention(
     query, key, value = (x.double() for x in (query, key, value))
     group = heads // key.shape[1]
     key, value = (repeat(x, "b h n d -> b (h group) n d", group=group) for x in (key, value))
-    seen = repeat(visible(pattern), "h i j -> b h i j", b=batch).clone()
+    seen = visible(pattern) if seen is None else seen
+    seen = repeat(seen, "h i j -> b h i j", b=batch).clone()
     if key_mask is not None:
         seen[..., global_keys(pattern)] &= key_mask[:, None, None]
     scores = torch.einsum("bhid,bhjd->bhij", query, key)

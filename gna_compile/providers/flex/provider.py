@@ -1,33 +1,31 @@
 """The provider for GPUs without a kernel of ours: FlexAttention's kernels, which Triton compiles.
 
-Tokens are copied into tile order (see `flex_tiles`), so that a window touches few tiles, and the
+Tokens are copied into tile order (see `tiles.py`), so that a window touches few tiles, and the
 results copied back; Inductor compiles the copies along with the attention. The mask is read from
-tables of a few numbers per token, so one kernel serves all windows over a grid whose lists of tiles are
-about as long.
+tables of a few numbers per token, so one kernel serves all patterns that have as many tokens and
+columns and whose lists of tiles are about as long.
 
-FlexAttention is called as the operator that `flex_attention` itself calls, because its backward
-then takes the forward's results and needs no autograd. Kernels and tables are made by a thread of
-their own: an op may run where autograd is off, in inference mode or within a CUDA graph's memory
-pool, and none of that must reach what is kept.
+Kernels and tables are made by a thread of their own: an op may run where autograd is off, in
+inference mode or within a CUDA graph's memory pool, and none of that must reach what is kept.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from gna_compile import _torch
-from gna_compile.geometry import Neighborhood
-from gna_compile.providers.flex.tiles import TILE, lay_out
+from gna_compile.geometry import AttentionPattern
+from gna_compile.providers.flex.columns import MOST_COLUMNS, Links, most_columns
+from gna_compile.providers.flex.steps import Mask, backward, forward
+from gna_compile.providers.flex.tiles import lay_out
 from gna_compile.providers.problem import (
-    MANY_SEGMENTS,
     Forecast,
     Forward,
     Gradients,
@@ -42,17 +40,6 @@ _SMALL_HEAD_DIM, _LARGE_SHARED = (
     128,
     160 << 10,
 )  # bytes; larger heads want more than 8.6 and 8.9 have
-_LOG2 = math.log(2)  # FlexAttention's logsumexp is to base 2
-
-_OPTIONS = {
-    "BACKEND": "TRITON",
-    "PRESCALE_QK": False,
-    "ROWS_GUARANTEED_SAFE": False,
-    "BLOCKS_ARE_CONTIGUOUS": False,
-    "WRITE_DQ": True,
-    "OUTPUT_LOGSUMEXP": True,
-    "OUTPUT_MAX": False,
-}
 
 
 class Flex:
@@ -68,8 +55,10 @@ class Flex:
 
     def declines(self, problem: Problem) -> str | None:
         """Why no device could run `problem` with FlexAttention, or None if one could."""
-        if not problem.is_one_grid:
-            return MANY_SEGMENTS
+        if not problem.pattern.key_tokens:
+            return "takes at least one key"
+        if most_columns(problem.pattern) > MOST_COLUMNS:
+            return f"takes at most {MOST_COLUMNS} different pairs of an axis and its dilation"
         if problem.dtype not in _DTYPES:
             return f"takes fp32, bf16 and fp16, not {problem.dtype}"
         if problem.head_dim not in _HEAD_DIMS:
@@ -82,7 +71,7 @@ class Flex:
         return Forecast()
 
     def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
-        _run(_forward, problem, inputs, results)
+        _run(forward, problem, inputs, results)
 
     def backward(
         self,
@@ -95,7 +84,7 @@ class Flex:
         tensors = [*forward, given.output, *gradients]
         if given.logsumexp is not None:
             tensors.append(given.logsumexp)
-        _run(_backward, problem, inputs, tensors)
+        _run(backward, problem, inputs, tensors)
 
 
 def unusable(dtype: torch.dtype, head_dim: int) -> str | None:
@@ -133,38 +122,14 @@ def _unusable_on(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
 # Kernels and tables, made once -------------------------------------------------------------------
 
 
-_SHARED = 11  # tables that are there whatever the axes: three of tokens, eight of tiles
-
-
-class _Mask(NamedTuple):
-    """What the mask of a kernel is made of; the rest is in the tables.
-
-    Attributes:
-        axes: how many axes hide keys.
-        has_globals: whether there are global tokens.
-        has_key_mask: whether some of them may be hidden.
-    """
-
-    axes: int
-    has_globals: bool
-    has_key_mask: bool
-
-    @property
-    def tables(self) -> int:
-        """How many tables come before the other arguments, the key mask included."""
-        return _SHARED + 3 * self.axes + self.has_key_mask
-
-
 _Step = Callable[..., None]
 _Facts = tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def _run(step: _Step, problem: Problem, inputs: Inputs, others: Sequence[Tensor]) -> None:
     query, key, value, key_mask, scale = inputs
-    neighborhood = problem.neighborhood
-    hides_keys = key_mask is not None and neighborhood.global_tokens > 0
-    tables = _tables(neighborhood, hides_keys, query.device)
-    mask = _Mask((len(tables) - _SHARED) // 3, neighborhood.global_tokens > 0, hides_keys)
+    hides_keys = key_mask is not None and key_mask.shape[1] > 0
+    mask, tables = _tables(problem.pattern, hides_keys, query.device)
     arguments = [*tables, *([key_mask] if hides_keys else []), query, key, value, *others]
     facts = tuple((x.device, x.dtype, x.shape, x.stride()) for x in arguments if x is not None)
     _kernel(step, mask, scale, facts)(*arguments)
@@ -172,23 +137,36 @@ def _run(step: _Step, problem: Problem, inputs: Inputs, others: Sequence[Tensor]
 
 @cache
 def _tables(
-    neighborhood: Neighborhood, hides_keys: bool, device: torch.device
-) -> tuple[Tensor, ...]:
+    pattern: AttentionPattern, hides_keys: bool, device: torch.device
+) -> tuple[Mask, tuple[Tensor, ...]]:
     """A layout's tensors on the device. Kept for good: a captured CUDA graph reads them."""
 
-    def make() -> tuple[Tensor, ...]:
-        layout = lay_out(neighborhood, hides_keys)
-        tables = [layout.order, layout.rows, layout.global_key]
-        for lists in (layout.keys, layout.queries):
+    def make() -> tuple[Mask, tuple[Tensor, ...]]:
+        layout = lay_out(pattern, hides_keys)
+        sequences = (layout.queries, layout.keys)
+        tables = [table for rows in sequences for table in (rows.order, rows.rows)]
+        for lists in (layout.key_tiles, layout.query_tiles):
             tables += [lists.masked_counts, lists.masked, lists.whole_counts, lists.whole]
-        tables += [*layout.position, *layout.first, *layout.stop]
-        return tuple(table.to(device) for table in tables)
+        for values in zip(*layout.columns, strict=True):
+            tables += values
+        links = layout.links
+        has_links = isinstance(links, Links)
+        has_shown = not isinstance(links, Links) and bool(links.any())
+        if isinstance(links, Links):
+            tables += links
+        elif has_shown:
+            tables.append(links)
+        if hides_keys:
+            tables.append(layout.global_key)
+        mask = Mask(len(layout.columns), has_shown, has_links, hides_keys)
+        moved = {id(table): table.to(device) for table in tables}
+        return mask, tuple(moved[id(table)] for table in tables)
 
-    return _apart(make, device)
+    return cast("tuple[Mask, tuple[Tensor, ...]]", _apart(make, device))
 
 
 @lru_cache(maxsize=256)
-def _kernel(step: _Step, mask: _Mask, scale: float, facts: tuple[_Facts, ...]) -> _Step:
+def _kernel(step: _Step, mask: Mask, scale: float, facts: tuple[_Facts, ...]) -> _Step:
     """`step` compiled for tensors of these devices, types, shapes and strides."""
 
     def run(*arguments: Tensor) -> None:
@@ -225,125 +203,3 @@ def _compile(run: _Step, facts: Sequence[_Facts]) -> _Step:
             graph, examples, config_patches={"triton.cudagraphs": False}
         )
     return cast(_Step, compiled)
-
-
-# What is compiled --------------------------------------------------------------------------------
-
-
-class _Tiles:
-    """Reads and writes tensors in tile order.
-
-    Args:
-        mask: which mask this is.
-        tables: as `_tables` has them, then the key mask [batch, global tokens] if there is one;
-            what comes after that is ignored.
-    """
-
-    def __init__(self, mask: _Mask, tables: Sequence[Tensor]) -> None:
-        self._mask = mask
-        self._order, self._rows, global_key = tables[:3]
-        self._lists = tables[3:_SHARED]
-        self._buffers = tables[_SHARED : _SHARED + 3 * mask.axes]
-        self._is_token = self._order >= 0
-        self._is_key = self._is_token
-        if mask.has_globals:
-            shown = global_key >= 0
-            if mask.has_key_mask:
-                key_mask = tables[mask.tables - 1]
-                chosen = key_mask[:, global_key.clamp(min=0)]
-                self._is_key = self._is_token & (chosen | ~shown)
-                shown = shown & chosen
-            self._buffers = (*self._buffers, shown)
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """[batch, heads, tokens, ...] in tile order; zero where a row is no token."""
-        return self._read(tensor, self._is_token)
-
-    def read_keys(self, tensor: Tensor) -> Tensor:
-        """As `read`, and zero for hidden keys, which may hold anything."""
-        return self._read(tensor, self._is_key)
-
-    def _read(self, tensor: Tensor, keep: Tensor) -> Tensor:
-        if keep.ndim == 2:
-            keep = keep[:, None]
-        if tensor.ndim == 4:
-            keep = keep[..., None]
-        return tensor[:, :, self._order.clamp(min=0)].masked_fill(~keep, 0)
-
-    def write(self, target: Tensor, tiled: Tensor) -> None:
-        """Writes what `read` would read."""
-        target.copy_(tiled[:, :, self._rows])
-
-    def rest(self, scale: float) -> tuple[Any, ...]:
-        """FlexAttention's arguments from the block mask on."""
-        from torch.nn.attention.flex_attention import BlockMask
-
-        rows = len(self._order)
-        make: Any = BlockMask
-        block_mask = make(
-            (rows, rows),
-            *(table[None, None] for table in self._lists),
-            BLOCK_SIZE=(TILE, TILE),
-            mask_mod=self._visible,
-        )
-        return block_mask.as_tuple(), scale, dict(_OPTIONS), (), tuple(self._buffers)
-
-    def _visible(
-        self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, *buffers: Tensor
-    ) -> Tensor:
-        axes = self._mask.axes
-        ranges = zip(buffers[:axes], buffers[axes : 2 * axes], buffers[2 * axes :], strict=False)
-        terms = [(p[key] >= first[query]) & (p[key] < stop[query]) for p, first, stop in ranges]
-        visible = terms[0]
-        for term in terms[1:]:
-            visible = visible & term
-        if self._mask.has_globals:
-            shown = buffers[-1]
-            visible = visible | (shown[batch, key] if self._mask.has_key_mask else shown[key])
-        return visible
-
-
-def _score(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return score
-
-
-def _score_gradient(
-    score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, grad: Tensor
-) -> list[Tensor | None]:
-    return [grad, None, None, None, None]
-
-
-def _forward(mask: _Mask, scale: float, *arguments: Tensor) -> None:
-    tiles = _Tiles(mask, arguments)
-    query, key, value, output, logsumexp = arguments[mask.tables :]
-    out, lse, *_ = _torch.flex_attention(
-        tiles.read(query),
-        tiles.read_keys(key),
-        tiles.read_keys(value),
-        _score,
-        *tiles.rest(scale),
-    )
-    tiles.write(output, out)
-    tiles.write(logsumexp, lse * _LOG2)
-
-
-def _backward(mask: _Mask, scale: float, *arguments: Tensor) -> None:
-    tiles = _Tiles(mask, arguments)
-    query, key, value, output, logsumexp, grad_output, *targets = arguments[mask.tables :]
-    grad_logsumexp = None
-    if len(targets) == 4:
-        grad_logsumexp = tiles.read(targets.pop()) * _LOG2
-    *grads, _ = _torch.flex_attention_backward(
-        tiles.read(query),
-        tiles.read_keys(key),
-        tiles.read_keys(value),
-        tiles.read(output),
-        tiles.read(logsumexp) / _LOG2,
-        tiles.read(grad_output),
-        grad_logsumexp,
-        _score,
-        _score_gradient,
-        *tiles.rest(scale),
-    )
-    for target, grad in zip(targets, grads, strict=True):
-        tiles.write(target, grad)
