@@ -12,7 +12,7 @@ import provider_checks
 import pytest
 import torch
 from pattern_problems import PatternProblem, isa_way
-from problems import ones_for, problem_of
+from problems import error, ones_for, problem_of
 from torch import Tensor
 
 from gna_compile import _native
@@ -27,11 +27,12 @@ from gna_compile.geometry import (
     Window,
     canonical,
 )
-from gna_compile.providers import Forward, Gradients, Inputs, OutputGradients
+from gna_compile.providers import Forward, Gradients, Inputs, OutputGradients, Problem, Provider
 from gna_compile.providers.cpu import native_pattern as cpu_patterns
 from gna_compile.providers.cpu import tiles as cpu_tiles
 from gna_compile.providers.cpu.native_pattern import links_of, native_pattern
 from gna_compile.providers.cpu.provider import Cpu
+from gna_compile.providers.portable.provider import Portable
 
 PROBLEMS_OF_EACH_ISA = 400
 
@@ -127,29 +128,47 @@ def test_heads_that_see_different_things_are_declined() -> None:
     assert reason == "takes heads that all see the same, one head group at a time"
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("isa", _native.isas())
-def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
+def large() -> tuple[Problem, Inputs]:
+    """A rank's part of a video: tiles of all kinds, and enough work for several threads."""
     asked = problem_of(patterns.rank_of_a_video(4, 12, text=70), kv_heads=2)
     generator = torch.Generator().manual_seed(0)
     ones = ones_for(asked)
     query, key, value = (torch.randn(x.shape, generator=generator) for x in ones[:3])
     assert ones.key_mask is not None
     shown = torch.rand(ones.key_mask.shape, generator=generator) < 0.7
-    inputs = Inputs(query, key, value, shown, 0.3)
+    return asked, Inputs(query, key, value, shown, 0.3)
 
-    def everything() -> list[Tensor]:
-        results = Forward(torch.empty_like(query), query.new_empty(query.shape[:3]))
-        Cpu(isa).forward(asked, inputs, results)
-        gradients = Gradients(*map(torch.empty_like, inputs[:3]))
-        Cpu(isa).backward(asked, inputs, results, OutputGradients(*results), gradients)
-        return [*results, *gradients]
 
+def everything(provider: Provider, asked: Problem, inputs: Inputs) -> list[Tensor]:
+    """Output, logsumexp and all gradients, logsumexp's own gradient included."""
+    query = inputs.query
+    results = Forward(torch.empty_like(query), query.new_empty(query.shape[:3]))
+    provider.forward(asked, inputs, results)
+    given = OutputGradients(query.cos(), query[..., 0].sin())
+    gradients = Gradients(*map(torch.empty_like, inputs[:3]))
+    provider.backward(asked, inputs, results, given, gradients)
+    return [*results, *gradients]
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+def test_a_large_pattern_agrees_with_the_portable_provider(isa: str) -> None:
+    asked, inputs = large()
+    pairs = zip(
+        everything(Cpu(isa), asked, inputs), everything(Portable(), asked, inputs), strict=True
+    )
+    for actual, expected in pairs:
+        assert error(actual, expected.double()) < 3e-5
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("isa", _native.isas())
+def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
+    asked, inputs = large()
     torch.set_num_threads(1)
-    expected = everything()
+    expected = everything(Cpu(isa), asked, inputs)
     for count in (2, 5):
         torch.set_num_threads(count)
-        assert all(map(torch.equal, everything(), expected)), count
+        assert all(map(torch.equal, everything(Cpu(isa), asked, inputs), expected)), count
 
 
 # Tiles, the forecast -----------------------------------------------------------------------------
