@@ -51,9 +51,11 @@ int32_t for_tiles(const gna_problem& problem, const Tiling& tiling, int32_t head
       const int64_t tiles = of_grid ? tiling.grid_count() : tiling.linked_count();
       const auto batch = static_cast<int32_t>(item / tiles / heads);
       const auto head = static_cast<int32_t>(item / tiles % heads);
-      if (of_grid ? tiling.make_grid(batch, item % tiles, lists)
-                  : tiling.make_linked(batch, item % tiles, lists))
-        visit(batch, head, lists);
+      if (of_grid)
+        tiling.make_grid(batch, item % tiles, lists);
+      else if (!tiling.make_linked(batch, item % tiles, lists))
+        return;
+      visit(batch, head, lists);
     };
   });
 }

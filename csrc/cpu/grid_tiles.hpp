@@ -34,7 +34,7 @@ class GridTiles {
   int32_t lanes() const;
   // Tokens that a tile streams, those that turn out to be hidden from all of its lanes included.
   int64_t streamed(int64_t index) const;
-  // Appends a tile's tokens.
+  // Makes a tile of a batch element.
   void make(int64_t index, int32_t batch, Lists& lists) const;
 
  private:

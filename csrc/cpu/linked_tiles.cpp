@@ -4,7 +4,12 @@
 
 namespace gna {
 
+namespace {
+
+// Fewest lanes, of 16, 32 and 64, that hold `count` tokens if 64 do.
 int32_t lanes_for(int64_t count) { return count <= 16 ? 16 : count <= 32 ? 32 : 64; }
+
+}  // namespace
 
 LinkedTiles::LinkedTiles(const Sides& sides, int32_t batch) : sides_(sides) {
   for (int32_t segment = 0; segment < sides.lanes.count(); ++segment) {

@@ -44,7 +44,4 @@ class LinkedTiles {
   double pairs_ = 0;
 };
 
-// Fewest lanes, of 16, 32 and 64, that hold `count` tokens if 64 do.
-int32_t lanes_for(int64_t count);
-
 }  // namespace gna

@@ -18,19 +18,18 @@ class Tiling {
   Tiling(const Tiling&) = delete;
   Tiling& operator=(const Tiling&) = delete;
 
-  // Tiles of one head: those that no window limits, which are the longest as a rule, at most; and
-  // those of grids, longest first.
+  // Tiles of one head that no window limits, in the batch element that has the most of them; tiles
+  // of its grids.
   int64_t linked_count() const { return linked_.most(); }
   int64_t grid_count() const { return static_cast<int64_t>(order_.size()); }
 
-  // Makes a tile of a batch element; false if there is none. What `lists` has stays valid until its
-  // next use.
+  // Makes a tile of a batch element, the longest first; false if it has no such tile. What `lists`
+  // has stays valid until its next use.
   bool make_linked(int32_t batch, int64_t index, Lists& lists) const {
     return linked_.make(batch, index, lists);
   }
-  bool make_grid(int32_t batch, int64_t index, Lists& lists) const {
+  void make_grid(int32_t batch, int64_t index, Lists& lists) const {
     grids_[order_[index].grid].make(order_[index].tile, batch, lists);
-    return true;
   }
 
   // (lane, streamed token) pairs of all batch elements, one head.
