@@ -63,7 +63,8 @@ fuzz: $(VENV)/.dev compiler
 hunt: $(VENV)/.test compiler
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/token_programs.py $(HUNT_ARGS)
 
-# 100 000 random attention patterns on the portable provider, half an hour on one core.
+# 100 000 random attention patterns on the portable provider, half an hour on one core; on the CPU
+# kernel with PATTERNS_ARGS='--provider cpu'.
 patterns: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/pattern_problems.py $(PATTERNS_ARGS)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks import record
-from gna_compile.geometry import Neighborhood
+from gna_compile.geometry import AttentionPattern, Neighborhood
 from gna_compile.ops import neighborhood_attention
 from gna_compile.providers.cpu import tiles
 
@@ -138,8 +138,7 @@ def measure(
         if run is not None:
             candidates["flex"] = run
     medians = take_turns(candidates, rounds)
-    boxes = tiles.choose_boxes(neighborhood.merged)
-    tile_pairs = tiles.pairs(neighborhood.merged, boxes)
+    tile_pairs = tiles.pairs(AttentionPattern.of_neighborhood(neighborhood, 1))
     return Row(
         the_case.name,
         head_dim,

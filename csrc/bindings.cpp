@@ -3,13 +3,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
-#include "gna/axis.h"
 #include "bits.h"
+#include "gna/axis.h"
 #include "gna_cpu.h"
 
 namespace py = pybind11;
@@ -19,12 +21,10 @@ namespace {
 // Address and strides in elements: of [batch, heads, tokens, head_dim], of [batch, heads, tokens], or
 // of [batch, global tokens].
 using TensorArgument = std::tuple<uintptr_t, std::vector<int64_t>>;
-using AxisArgument = std::tuple<int32_t, int32_t, int32_t, int32_t, bool>;
-
-gna_axis axis_of(const AxisArgument& axis) {
-  const auto [length, window, stride, dilation, causal] = axis;
-  return {length, window, stride, dilation, causal};
-}
+// Length, begin and end, log2 of the box; window, stride, dilation, causal.
+using AxisArgument = std::array<int32_t, 8>;
+// Global tokens, or the axes of a grid.
+using SegmentArgument = std::variant<int32_t, std::vector<AxisArgument>>;
 
 gna_tensor tensor_of(const TensorArgument& tensor) {
   const auto& [address, strides] = tensor;
@@ -34,39 +34,65 @@ gna_tensor tensor_of(const TensorArgument& tensor) {
           strides.size() == 4 ? strides[3] : 1};
 }
 
+gna_segment segment_of(const SegmentArgument& argument) {
+  gna_segment segment{};
+  if (const auto* tokens = std::get_if<int32_t>(&argument)) {
+    segment.tokens = *tokens;
+    return segment;
+  }
+  const auto& axes = std::get<std::vector<AxisArgument>>(argument);
+  if (axes.empty() || axes.size() > 3) throw std::invalid_argument("a grid has 1 to 3 axes");
+  segment.axis_count = static_cast<int32_t>(axes.size());
+  for (size_t a = 0; a < axes.size(); ++a) {
+    const auto [length, begin, end, log2_box, window, stride, dilation, causal] = axes[a];
+    segment.axes[a] = {length, begin, end, log2_box, window, stride, dilation, causal};
+  }
+  return segment;
+}
+
+std::vector<gna_segment> segments_of(const std::vector<SegmentArgument>& arguments) {
+  std::vector<gna_segment> segments;
+  for (const SegmentArgument& argument : arguments) segments.push_back(segment_of(argument));
+  return segments;
+}
+
+struct Pattern {
+  std::vector<gna_segment> queries, keys;
+  std::vector<uint8_t> links;
+
+  Pattern(const std::vector<SegmentArgument>& queries, const std::vector<SegmentArgument>& keys,
+          std::vector<uint8_t> links)
+      : queries(segments_of(queries)), keys(segments_of(keys)), links(std::move(links)) {
+    if (this->links.size() != queries.size() * keys.size())
+      throw std::invalid_argument("there is one link for each query segment and key segment");
+  }
+
+  gna_pattern get() const {
+    return {static_cast<int32_t>(queries.size()), static_cast<int32_t>(keys.size()), queries.data(),
+            keys.data(), links.data()};
+  }
+};
+
 struct Problem {
   gna_problem plain{};
+  std::shared_ptr<Pattern> pattern;
   std::string isa;
 
-  Problem(int32_t type, std::array<int32_t, 4> sizes, const std::vector<AxisArgument>& axes,
-          int32_t prefix, int32_t suffix, const std::vector<int32_t>& log2_query_box,
-          const std::vector<int32_t>& log2_key_box, float scale,
+  Problem(int32_t type, std::array<int32_t, 4> sizes, std::shared_ptr<Pattern> pattern, float scale,
           const std::optional<TensorArgument>& key_mask, int32_t threads, std::string isa)
-      : isa(std::move(isa)) {
-    if (axes.empty() || axes.size() > 3 || log2_query_box.size() != axes.size() ||
-        log2_key_box.size() != axes.size())
-      throw std::invalid_argument("a grid has 1 to 3 axes, and each box as many extents");
+      : pattern(std::move(pattern)), isa(std::move(isa)) {
     plain.type = type;
     plain.batch = sizes[0];
     plain.heads = sizes[1];
     plain.kv_heads = sizes[2];
     plain.head_dim = sizes[3];
-    plain.axis_count = static_cast<int32_t>(axes.size());
-    for (size_t a = 0; a < axes.size(); ++a) {
-      plain.axes[a] = axis_of(axes[a]);
-      plain.log2_query_box[a] = log2_query_box[a];
-      plain.log2_key_box[a] = log2_key_box[a];
-    }
-    plain.prefix = prefix;
-    plain.suffix = suffix;
+    plain.pattern = this->pattern->get();
     plain.scale = scale;
     plain.threads = threads;
     if (key_mask) {
       const auto& [address, strides] = *key_mask;
       if (strides.size() != 2) throw std::invalid_argument("a key mask has 2 strides");
-      plain.key_mask = reinterpret_cast<const uint8_t*>(address);
-      plain.key_mask_batch_stride = strides[0];
-      plain.key_mask_token_stride = strides[1];
+      plain.key_mask = {reinterpret_cast<const uint8_t*>(address), strides[0], strides[1]};
     }
   }
 
@@ -130,10 +156,14 @@ std::vector<std::string> isas() {
   return names;
 }
 
-int64_t streamed(const AxisArgument& axis, int32_t log2_box, bool of_keys) {
-  const gna_axis plain = axis_of(axis);
-  py::gil_scoped_release release;
-  return gna_cpu_streamed(&plain, log2_box, of_keys);
+// The boxes of an axis, and what each grid at the other end of a window streams past them.
+std::pair<int64_t, std::vector<int64_t>> streamed(const Pattern& pattern, bool of_keys,
+                                                  int32_t segment, int32_t axis, int32_t log2_box) {
+  const gna_pattern plain = pattern.get();
+  std::vector<int64_t> sums(of_keys ? pattern.queries.size() : pattern.keys.size());
+  const int64_t boxes = gna_cpu_streamed(&plain, of_keys, segment, axis, log2_box, sums.data());
+  if (boxes < 0) throw std::invalid_argument("the CPU kernel does not take this pattern");
+  return {boxes, sums};
 }
 
 using Pair = std::tuple<int32_t, int32_t>;
@@ -151,17 +181,19 @@ Pair pair_of(gna::Range range) { return {range.begin, range.end}; }
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native code of gna_compile; use it through gna_compile.providers.";
 
+  py::class_<Pattern, std::shared_ptr<Pattern>>(module, "Pattern")
+      .def(py::init<const std::vector<SegmentArgument>&, const std::vector<SegmentArgument>&,
+                    std::vector<uint8_t>>(),
+           py::kw_only(), py::arg("queries"), py::arg("keys"), py::arg("links"))
+      .def("streamed", &streamed);
   py::class_<Problem>(module, "Problem")
-      .def(py::init<int32_t, std::array<int32_t, 4>, const std::vector<AxisArgument>&, int32_t,
-                    int32_t, const std::vector<int32_t>&, const std::vector<int32_t>&, float,
+      .def(py::init<int32_t, std::array<int32_t, 4>, std::shared_ptr<Pattern>, float,
                     const std::optional<TensorArgument>&, int32_t, std::string>(),
-           py::kw_only(), py::arg("type"), py::arg("sizes"), py::arg("axes"), py::arg("prefix"),
-           py::arg("suffix"), py::arg("log2_query_box"), py::arg("log2_key_box"),
-           py::arg("scale"), py::arg("key_mask"), py::arg("threads"), py::arg("isa"));
+           py::kw_only(), py::arg("type"), py::arg("sizes"), py::arg("pattern"), py::arg("scale"),
+           py::arg("key_mask"), py::arg("threads"), py::arg("isa"));
   module.def("forward", &forward);
   module.def("backward", &backward);
   module.def("isas", &isas);
-  module.def("streamed", &streamed);
 
   // The shared header, for tests: an axis is (length, window, stride, causal), a range (begin, end).
   module.def("group_length", &gna::group_length);

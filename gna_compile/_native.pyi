@@ -5,17 +5,30 @@ from collections.abc import Sequence
 _Tensor = tuple[int, Sequence[int]]
 _Group = tuple[int, int, int, bool]
 
+class Pattern:
+    """A segment is a number of global tokens, or the axes of a grid.
+
+    An axis is (length, begin, end, log2_box, window, stride, dilation, causal).
+    """
+
+    def __init__(
+        self,
+        *,
+        queries: Sequence[int | Sequence[tuple[int, ...]]],
+        keys: Sequence[int | Sequence[tuple[int, ...]]],
+        links: Sequence[int],
+    ) -> None: ...
+    def streamed(
+        self, of_keys: bool, segment: int, axis: int, log2_box: int, /
+    ) -> tuple[int, list[int]]: ...
+
 class Problem:
     def __init__(
         self,
         *,
         type: int,
         sizes: tuple[int, int, int, int],
-        axes: Sequence[tuple[int, int, int, int, bool]],
-        prefix: int,
-        suffix: int,
-        log2_query_box: Sequence[int],
-        log2_key_box: Sequence[int],
+        pattern: Pattern,
         scale: float,
         key_mask: _Tensor | None,
         threads: int,
@@ -46,7 +59,6 @@ def backward(
     /,
 ) -> None: ...
 def isas() -> list[str]: ...
-def streamed(axis: tuple[int, int, int, int, bool], log2_box: int, of_keys: bool, /) -> int: ...
 def group_length(length: int, dilation: int, group: int, /) -> int: ...
 def keys_of(axis: _Group, query: int, /) -> tuple[int, int]: ...
 def union_of(axis: _Group, begin: int, end: int, /) -> tuple[int, int]: ...

@@ -1,60 +1,19 @@
 // The C interface: checks the problem, cuts it into tiles, and has them worked on.
-#include <cmath>
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 
 #include "gna_cpu.h"
 #include "isa.hpp"
 #include "kernel.hpp"
+#include "problem.hpp"
 #include "threads.hpp"
 #include "tiles.hpp"
 
 namespace gna {
 
 namespace {
-
-constexpr int32_t most_tokens = 1 << 30;
-
-bool valid(const gna_axis& axis) {
-  return axis.length >= 1 && axis.stride >= 1 && axis.stride <= axis.window && axis.dilation >= 1 &&
-         int64_t{axis.window} * axis.dilation <= axis.length;
-}
-
-bool valid_box(const int32_t* log2_box, int32_t axis_count) {
-  int32_t sum = 0;
-  for (int32_t a = 0; a < axis_count; ++a) {
-    if (log2_box[a] < 0 || log2_box[a] > 6) return false;
-    sum += log2_box[a];
-  }
-  return sum >= 4 && sum <= 6;
-}
-
-bool valid(const gna_problem& problem) {
-  if (problem.type < 0 || problem.type >= type_count) return false;
-  if (problem.batch < 1 || problem.heads < 1 || problem.kv_heads < 1 || problem.threads < 1)
-    return false;
-  if (problem.heads % problem.kv_heads != 0) return false;
-  if (problem.head_dim < 1 || problem.head_dim > 1024) return false;
-  if (problem.axis_count < 1 || problem.axis_count > 3) return false;
-  if (problem.prefix < 0 || problem.suffix < 0) return false;
-  int64_t tokens = 1;
-  for (int32_t a = 0; a < problem.axis_count; ++a) {
-    if (!valid(problem.axes[a])) return false;
-    tokens *= problem.axes[a].length;
-    if (tokens > most_tokens) return false;
-  }
-  if (tokens + problem.prefix + problem.suffix > most_tokens) return false;
-  return valid_box(problem.log2_query_box, problem.axis_count) &&
-         valid_box(problem.log2_key_box, problem.axis_count);
-}
-
-int32_t tokens_of(const gna_problem& problem) {
-  int32_t grid = 1;
-  for (int32_t a = 0; a < problem.axis_count; ++a) grid *= problem.axes[a].length;
-  return problem.prefix + grid + problem.suffix;
-}
 
 Rows rows_of(const gna_problem& problem, const gna_tensor& tensor, int32_t batch, int32_t head) {
   const int64_t size = problem.type == GNA_FP32 ? 4 : 2;
@@ -68,7 +27,7 @@ struct Free {
 using Floats = std::unique_ptr<float, Free>;
 
 Floats floats(int64_t count) {
-  const int64_t bytes = (count * int64_t{sizeof(float)} + 63) / 64 * 64;
+  const int64_t bytes = (count * int64_t{sizeof(float)} + 64) / 64 * 64;
   auto* const memory = static_cast<float*>(std::aligned_alloc(64, bytes));
   if (!memory) throw std::bad_alloc();
   return Floats(memory);
@@ -76,40 +35,26 @@ Floats floats(int64_t count) {
 
 int64_t padded_dim(const gna_problem& problem) { return (problem.head_dim + 15) / 16 * 16; }
 
-std::vector<GlobalTokens> globals_of(const gna_problem& problem) {
-  std::vector<GlobalTokens> result;
-  for (int32_t batch = 0; batch < problem.batch; ++batch) result.emplace_back(problem, batch);
-  return result;
-}
-
-// Calls visit(batch, head, lists) for every tile: first the long ones of global tokens, then head
-// by head, so that a head's keys stay in the caches, longest first within a head.
-// `lane_globals`: those of a batch element's global tokens that are to be in lanes.
-template <class LaneGlobals, class MakeVisit>
-int32_t for_tiles(const gna_problem& problem, const Tiling& tiling,
-                  const std::vector<GlobalTokens>& globals, int32_t heads, double flops_per_pair,
-                  const LaneGlobals& lane_globals, const MakeVisit& make_visit) {
-  const int64_t global_tokens = problem.prefix + problem.suffix;
-  const int64_t global_tiles = (global_tokens + most_lanes - 1) / most_lanes;
+// Calls visit(batch, head, lists) for every tile: first those that no window limits, as a rule the
+// longest, then head by head, so that a head's keys stay in the caches, longest first within a head.
+template <class MakeVisit>
+int32_t for_tiles(const gna_problem& problem, const Tiling& tiling, int32_t heads,
+                  double flops_per_pair, const MakeVisit& make_visit) {
   const int64_t batch_heads = int64_t{problem.batch} * heads;
-  const int64_t items = batch_heads * (global_tiles + tiling.count());
-  const double pairs = double(tiling.pairs()) + 2.0 * double(global_tokens) * tiling.tokens();
-  const double flops = pairs * flops_per_pair * double(batch_heads) * problem.head_dim;
+  const int64_t linked = batch_heads * tiling.linked_count();
+  const int64_t items = linked + batch_heads * tiling.grid_count();
+  const double flops = tiling.pairs() * flops_per_pair * heads * problem.head_dim;
   return for_items(items, flops, problem.threads, [&]() {
-    return [&, visit = make_visit(), lists = Tiling::Lists{}](int64_t item) mutable {
-      const bool global = item < batch_heads * global_tiles;
-      const int64_t tiles = global ? global_tiles : tiling.count();
-      if (!global) item -= batch_heads * global_tiles;
+    return [&, visit = make_visit(), lists = Lists{}](int64_t item) mutable {
+      const bool of_grid = item >= linked;
+      if (of_grid) item -= linked;
+      const int64_t tiles = of_grid ? tiling.grid_count() : tiling.linked_count();
       const auto batch = static_cast<int32_t>(item / tiles / heads);
       const auto head = static_cast<int32_t>(item / tiles % heads);
-      if (global) {
-        const std::vector<int32_t>& in_lanes = lane_globals(globals[batch]);
-        const int64_t begin = item % tiles * most_lanes;
-        if (begin >= static_cast<int64_t>(in_lanes.size())) return;
-        tiling.global_tile(in_lanes, begin, globals[batch], lists);
-      } else {
-        tiling.grid_tile(item % tiles, globals[batch], lists);
-      }
+      if (of_grid)
+        tiling.make_grid(batch, item % tiles, lists);
+      else if (!tiling.make_linked(batch, item % tiles, lists))
+        return;
       visit(batch, head, lists);
     };
   });
@@ -119,14 +64,10 @@ int32_t forward(const gna_problem& problem, const Kernel& kernel, const gna_tens
                 const gna_tensor& key, const gna_tensor& value, const gna_tensor& output,
                 float* logsumexp) {
   const Tiling tiling(problem, Role::queries);
-  const std::vector<GlobalTokens> globals = globals_of(problem);
   const int32_t group = problem.heads / problem.kv_heads;
-  const auto all_globals = [](const GlobalTokens& tokens) -> const std::vector<int32_t>& {
-    return tokens.all;
-  };
-  return for_tiles(problem, tiling, globals, problem.heads, 4, all_globals, [&]() {
-    return [&, scratch = floats(forward_scratch(padded_dim(problem)))](
-               int32_t batch, int32_t head, const Tiling::Lists& lists) {
+  return for_tiles(problem, tiling, problem.heads, 4, [&]() {
+    return [&, scratch = floats(forward_scratch(padded_dim(problem)))](int32_t batch, int32_t head,
+                                                                       const Lists& lists) {
       ForwardTile tile;
       tile.tokens = &lists.tile;
       tile.head_dim = problem.head_dim;
@@ -135,7 +76,7 @@ int32_t forward(const gna_problem& problem, const Kernel& kernel, const gna_tens
       tile.key = rows_of(problem, key, batch, head / group);
       tile.value = rows_of(problem, value, batch, head / group);
       tile.output = rows_of(problem, output, batch, head);
-      tile.logsumexp = logsumexp + (int64_t{batch} * problem.heads + head) * tiling.tokens();
+      tile.logsumexp = logsumexp + (int64_t{batch} * problem.heads + head) * tiling.lane_tokens();
       tile.scratch = scratch.get();
       kernel.forward[problem.type](tile);
     };
@@ -148,18 +89,13 @@ struct BackwardTensors {
   const gna_tensor &grad_query, &grad_key, &grad_value;
 };
 
-int32_t query_gradient(const gna_problem& problem, const Kernel& kernel,
+int32_t query_gradient(const gna_problem& problem, const Kernel& kernel, const Tiling& tiling,
                        const BackwardTensors& tensors, float* delta) {
-  const Tiling tiling(problem, Role::queries);
-  const std::vector<GlobalTokens> globals = globals_of(problem);
   const int32_t group = problem.heads / problem.kv_heads;
-  const auto all_globals = [](const GlobalTokens& tokens) -> const std::vector<int32_t>& {
-    return tokens.all;
-  };
-  return for_tiles(problem, tiling, globals, problem.heads, 6, all_globals, [&]() {
-    return [&, scratch = floats(backward_scratch(padded_dim(problem)))](
-               int32_t batch, int32_t head, const Tiling::Lists& lists) {
-      const int64_t row = (int64_t{batch} * problem.heads + head) * tiling.tokens();
+  return for_tiles(problem, tiling, problem.heads, 6, [&]() {
+    return [&, scratch = floats(backward_scratch(padded_dim(problem)))](int32_t batch, int32_t head,
+                                                                        const Lists& lists) {
+      const int64_t row = (int64_t{batch} * problem.heads + head) * tiling.lane_tokens();
       QueryGradientTile tile;
       tile.tokens = &lists.tile;
       tile.head_dim = problem.head_dim;
@@ -185,18 +121,14 @@ int32_t query_gradient(const gna_problem& problem, const Kernel& kernel,
   });
 }
 
-int32_t key_gradient(const gna_problem& problem, const Kernel& kernel,
+int32_t key_gradient(const gna_problem& problem, const Kernel& kernel, const Tiling& tiling,
                      const BackwardTensors& tensors, const float* delta) {
-  const Tiling tiling(problem, Role::keys);
-  const std::vector<GlobalTokens> globals = globals_of(problem);
   const int32_t group = problem.heads / problem.kv_heads;
-  const auto visible_globals = [](const GlobalTokens& tokens) -> const std::vector<int32_t>& {
-    return tokens.visible;
-  };
-  return for_tiles(problem, tiling, globals, problem.kv_heads, 8.0 * group, visible_globals, [&]() {
-    return [&, scratch = floats(backward_scratch(padded_dim(problem)))](
-               int32_t batch, int32_t head, const Tiling::Lists& lists) {
-      const int64_t row = (int64_t{batch} * problem.heads + head * group) * tiling.tokens();
+  return for_tiles(problem, tiling, problem.kv_heads, 8.0 * group, [&]() {
+    return [&, scratch = floats(backward_scratch(padded_dim(problem)))](int32_t batch, int32_t head,
+                                                                        const Lists& lists) {
+      const int64_t queries = tiling.streamed_tokens();
+      const int64_t row = (int64_t{batch} * problem.heads + head * group) * queries;
       KeyGradientTile tile;
       tile.tokens = &lists.tile;
       tile.head_dim = problem.head_dim;
@@ -208,7 +140,7 @@ int32_t key_gradient(const gna_problem& problem, const Kernel& kernel,
       tile.grad_output_head_step = tensors.grad_output.head_stride;
       tile.logsumexp = tensors.logsumexp + row;
       tile.delta = delta + row;
-      tile.tokens_per_head = tiling.tokens();
+      tile.queries_per_head = queries;
       tile.key = rows_of(problem, tensors.key, batch, head);
       tile.value = rows_of(problem, tensors.value, batch, head);
       tile.grad_key = rows_of(problem, tensors.grad_key, batch, head);
@@ -219,21 +151,11 @@ int32_t key_gradient(const gna_problem& problem, const Kernel& kernel,
   });
 }
 
-// The gradients of hidden keys are 0, and no tile has them in a lane.
-void zero_hidden(const gna_problem& problem, const BackwardTensors& tensors) {
-  const int64_t size = problem.type == GNA_FP32 ? 4 : 2;
-  for (int32_t batch = 0; batch < problem.batch; ++batch) {
-    const GlobalTokens globals(problem, batch);
-    for (int32_t head = 0; head < problem.kv_heads; ++head)
-      for (const gna_tensor* tensor : {&tensors.grad_key, &tensors.grad_value}) {
-        const Rows rows = rows_of(problem, *tensor, batch, head);
-        for (const int32_t token : globals.hidden)
-          for (int64_t d = 0; d < problem.head_dim; ++d)
-            std::memset(static_cast<char*>(rows.data) +
-                            size * (token * rows.token_step + d * rows.dim_step),
-                        0, size);
-      }
-  }
+int32_t backward(const gna_problem& problem, const Kernel& kernel, const BackwardTensors& tensors) {
+  const Tiling queries(problem, Role::queries), keys(problem, Role::keys);
+  const Floats delta = floats(int64_t{problem.batch} * problem.heads * queries.lane_tokens());
+  const int32_t code = query_gradient(problem, kernel, queries, tensors, delta.get());
+  return code != GNA_OK ? code : key_gradient(problem, kernel, keys, tensors, delta.get());
 }
 
 }  // namespace
@@ -266,21 +188,25 @@ int32_t gna_cpu_backward(const gna_problem* problem, const gna_tensor* grad_outp
   const gna::BackwardTensors tensors = {*grad_output, grad_logsumexp, *query,      *key,     *value,
                                         *output,      logsumexp,      *grad_query, *grad_key,
                                         *grad_value};
-  const int64_t rows =
-      int64_t{problem->batch} * problem->heads * gna::tokens_of(*problem);
-  const gna::Floats delta = gna::floats(rows);
-  gna::zero_hidden(*problem, tensors);
-  const int32_t code = gna::query_gradient(*problem, *kernel, tensors, delta.get());
-  return code != GNA_OK ? code : gna::key_gradient(*problem, *kernel, tensors, delta.get());
+  return gna::backward(*problem, *kernel, tensors);
 } catch (const std::bad_alloc&) {
   return GNA_NO_MEMORY;
 }
 
-int64_t gna_cpu_streamed(const gna_axis* axis, int32_t log2_box, int32_t of_keys) {
-  const auto role = of_keys ? gna::Role::keys : gna::Role::queries;
-  const gna::AxisTiles tiles(*axis, log2_box, role);
-  int64_t sum = 0;
-  for (int32_t index = 0; index < tiles.count(); ++index)
-    sum += tiles[index].stream.end - tiles[index].stream.begin;
-  return sum;
+int64_t gna_cpu_streamed(const gna_pattern* pattern, int32_t of_keys, int32_t segment, int32_t axis,
+                         int32_t log2_box, int64_t* streamed) {
+  if (!gna::valid(*pattern) || log2_box < 0 || log2_box > 6) return -1;
+  const gna::Sides sides(*pattern, {}, of_keys ? gna::Role::keys : gna::Role::queries);
+  if (segment < 0 || segment >= sides.lanes.count()) return -1;
+  const gna_segment& cut = sides.lanes[segment];
+  if (axis < 0 || axis >= cut.axis_count) return -1;
+  const gna::Range at_hand = {cut.axes[axis].begin, cut.axes[axis].end};
+  const auto sights = gna::sights_along(sides, segment, axis + gna::most_axes - cut.axis_count);
+  const gna::AxisTiles tiles(at_hand, gna::lane_step(sights, at_hand), log2_box);
+  const std::vector<int32_t> linked = sides.linked(segment, GNA_WINDOW);
+  std::fill_n(streamed, sides.streamed.count(), int64_t{0});
+  for (std::size_t n = 0; n < linked.size(); ++n)
+    for (int32_t index = 0; index < tiles.count(); ++index)
+      streamed[linked[n]] += gna::size(sights[n].stream(tiles, tiles[index]).all);
+  return tiles.count();
 }

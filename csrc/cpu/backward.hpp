@@ -116,8 +116,8 @@ void key_gradient_tile(const KeyGradientTile& tile) {
     query.data = static_cast<Element*>(query.data) + head * tile.query_head_step;
     grad_output.data =
         static_cast<Element*>(grad_output.data) + head * tile.grad_output_head_step;
-    const float* const logsumexp = tile.logsumexp + head * tile.tokens_per_head;
-    const float* const delta = tile.delta + head * tile.tokens_per_head;
+    const float* const logsumexp = tile.logsumexp + head * tile.queries_per_head;
+    const float* const delta = tile.delta + head * tile.queries_per_head;
 
     for_chunks(tokens, [&](const int32_t* some, const uint64_t* masks, int count) {
       const bool finite_queries =

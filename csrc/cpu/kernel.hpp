@@ -38,7 +38,7 @@ struct ForwardTile {
   int head_dim;
   float scale;
   Rows query, key, value, output;
-  float* logsumexp;  // [tokens]
+  float* logsumexp;  // [query tokens]
   float* scratch;
 };
 
@@ -48,10 +48,10 @@ struct QueryGradientTile {
   int head_dim;
   float scale;
   Rows query, key, value, output, grad_output, grad_query;
-  const float* logsumexp;       // [tokens]
-  const float* grad_logsumexp;  // [tokens] at grad_logsumexp_step, or null
+  const float* logsumexp;       // [query tokens]
+  const float* grad_logsumexp;  // [query tokens] at grad_logsumexp_step, or null
   int64_t grad_logsumexp_step;
-  float* delta;  // [tokens]
+  float* delta;  // [query tokens]
   float* scratch;
 };
 
@@ -63,9 +63,9 @@ struct KeyGradientTile {
   int heads;
   Rows query, grad_output;  // of the first head
   int64_t query_head_step, grad_output_head_step;
-  const float* logsumexp;  // [heads, tokens]
-  const float* delta;      // [heads, tokens]
-  int64_t tokens_per_head;
+  const float* logsumexp;  // [heads, query tokens]
+  const float* delta;      // [heads, query tokens]
+  int64_t queries_per_head;
   Rows key, value, grad_key, grad_value;
   float* scratch;
 };

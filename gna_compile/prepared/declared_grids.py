@@ -215,7 +215,7 @@ class Watch:
             if isinstance(value, torch.Tensor) and may_be_ids(name, value):
                 if name != IDS and _TEXT.search(name):
                     continue
-                pieces = self._ids.setdefault(name, SeenIds()).pieces(value)
+                pieces = self._ids.setdefault(name, SeenIds()).pieces((value, None))
                 images = images_in(pieces)
                 if name == IDS and len(images) < max(len(pieces), 1):
                     return ()

@@ -149,7 +149,7 @@ class CheckedAgainstIds:
                 self._warned.add(None)
                 return self._dense(*inputs)
         for check, seen in zip(self._checks, self._seen, strict=True):
-            shown = seen.pieces(*(_rows(inputs[index], rows) for index, rows in check.tables))
+            shown = seen.pieces(*((inputs[index], rows) for index, rows in check.tables))
             pieces = tuple(
                 tuple(s.of(inputs) if isinstance(s, Input) else s for s in piece)
                 if isinstance(piece, tuple)
@@ -176,10 +176,6 @@ class CheckedAgainstIds:
             else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
             "when the grid changes",
         )
-
-
-def _rows(ids: torch.Tensor, rows: tuple[int, int] | None) -> torch.Tensor:
-    return ids if rows is None else ids[..., slice(*rows), :]
 
 
 def _alike(shown: Sequence[Piece], pieces: Sequence[Any]) -> bool:

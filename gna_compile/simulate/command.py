@@ -163,18 +163,14 @@ def _plan(
 
 def _on_cpu(console: Console, problems: list[tuple[Entry, Workload]]) -> None:
     try:
-        from gna_compile.providers.cpu import tiles
+        from gna_compile.providers.cpu.tiles import predicted_speedup
     except ImportError:  # the native kernel is not built
-        tiles = None  # type: ignore[assignment]
-        from gna_compile.providers.portable import cuts
+        from gna_compile.providers.portable.cuts import predicted_speedup
 
     rows = []
     for entry, workload in problems:
         neighborhood = workload.neighborhood
-        if tiles is not None:
-            speedup = tiles.predicted_speedup(neighborhood)
-        else:
-            speedup = cuts.predicted_speedup(AttentionPattern.of_neighborhood(neighborhood, 1))
+        speedup = predicted_speedup(AttentionPattern.of_neighborhood(neighborhood, 1))
         rows.append((entry, neighborhood, speedup))
     console.print(tables.cpu_table(rows))
 

@@ -140,7 +140,7 @@ def test_a_prepared_model_forgets_ids_that_are_not_given() -> None:
 
 
 def grid(seen: SeenIds, ids: Tensor) -> tuple[int, int] | None:
-    return one_grid(seen.pieces(ids))
+    return one_grid(seen.pieces((ids, None)))
 
 
 def test_ids_of_another_kind_are_read_again() -> None:

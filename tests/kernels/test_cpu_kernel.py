@@ -18,14 +18,14 @@ import oracle
 import provider_checks
 import pytest
 import torch
+from pattern_problems import set_boxes
 from problems import problem
 from torch import Tensor
 
 from gna_compile import _native, ops, providers
 from gna_compile.geometry import Neighborhood
-from gna_compile.providers.cpu import tiles as cpu_tiles
+from gna_compile.providers.cpu.native_pattern import Boxes
 from gna_compile.providers.cpu.provider import Cpu
-from gna_compile.providers.cpu.tiles import Boxes
 from gna_compile.providers.problem import Forward, Inputs
 
 ISAS = _native.isas()
@@ -118,7 +118,9 @@ def test_poison_reaches_the_rows_that_see_it_and_no_others(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_tiles, "choose_boxes", lambda _: Boxes(box, box))
+    # Of a prefix, a grid and a suffix.
+    boxes = ((), box, ())
+    set_boxes(monkeypatch, lambda _: Boxes(boxes, boxes))
     provider_checks.check_poison_reaches_the_rows_that_see_it_and_no_others(where, poison, dtype)
 
 

@@ -157,6 +157,6 @@ def test_prediction_installs_no_guard(first: int) -> None:
 def test_the_cpu_kernels_forecast_counts_its_own_tiles(window: tuple[int, int]) -> None:
     grid = Neighborhood.of((64, 64), window)
     found = Cpu().forecast(problem(grid)).speedup
-    tile_bound = grid.tokens**2 / cpu_tiles.pairs(grid, cpu_tiles.choose_boxes(grid))
+    tile_bound = grid.tokens**2 / cpu_tiles.pairs(AttentionPattern.of_neighborhood(grid, 1))
     assert found is not None
     assert 0.5 * tile_bound < found < tile_bound

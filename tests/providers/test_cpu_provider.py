@@ -11,7 +11,7 @@ import torch
 from problems import problem
 
 from gna_compile import _native, providers
-from gna_compile.geometry import Axis, Neighborhood
+from gna_compile.geometry import AttentionPattern, Neighborhood
 from gna_compile.providers.cpu import provider as cpu
 from gna_compile.providers.cpu import tiles as cpu_tiles
 from gna_compile.providers.cpu.provider import Cpu
@@ -22,24 +22,9 @@ from gna_compile.providers.portable.provider import Portable
 
 def test_boxes_that_divide_the_stride_visit_what_the_mask_needs() -> None:
     neighborhood = Neighborhood.of((16, 32, 32), (8, 12, 12), (4, 4, 4))
-    boxes = cpu_tiles.choose_boxes(neighborhood)
-    assert boxes.queries == (2, 2, 2)
-    assert cpu_tiles.pairs(neighborhood, boxes) == neighborhood.pairs
-
-
-def test_streamed_counts_are_the_geometry() -> None:
-    for axis in (Axis(21, 5, 3), Axis(20, 6, 2, 3), Axis(19, 4, 4, 2, True)):
-        for log2_box in range(5):
-            queries = keys = 0
-            for index in range(axis.dilation):
-                group = axis.group(index)
-                for start in range(0, group.length, 2**log2_box):
-                    box = range(start, min(start + 2**log2_box, group.length))
-                    queries += len(group.union(box))
-                    keys += len(group.seen_by(box))
-            arguments = cpu_tiles.arguments(axis)
-            assert _native.streamed(arguments, log2_box, False) == queries
-            assert _native.streamed(arguments, log2_box, True) == keys
+    pattern = AttentionPattern.of_neighborhood(neighborhood, 1)
+    assert cpu_tiles.choose_boxes(pattern).queries == ((2, 2, 2),)
+    assert cpu_tiles.pairs(pattern) == neighborhood.pairs
 
 
 def test_axes_that_hide_nothing_are_joined() -> None:
@@ -85,15 +70,19 @@ print(providers.choose(facts).name, "|", providers.choose(facts, name="cpu"))
 
 
 def test_the_kernel_refuses_what_it_cannot_take() -> None:
-    def native(**changes: Any) -> _native.Problem:
+    axis = {"length": 8, "begin": 0, "end": 8, "log2_box": 4}
+    axis |= {"window": 3, "stride": 1, "dilation": 1, "causal": 0}
+
+    def native(links: tuple[int, ...] = (2,), **changes: Any) -> _native.Problem:
+        """Changes of the axis, or of the problem."""
+        of_axis = {name: changes.pop(name) for name in tuple(changes) if name in axis}
+        queries = changes.pop("queries", [[tuple((axis | of_axis).values())]])
+        keys = changes.pop("keys", [[tuple(axis.values())]])
+        pattern = _native.Pattern(queries=queries, keys=keys, links=links)
         facts: dict[str, Any] = {
+            "pattern": pattern,
             "type": 0,
             "sizes": (1, 2, 2, 8),
-            "axes": [(8, 3, 1, 1, False)],
-            "prefix": 0,
-            "suffix": 0,
-            "log2_query_box": (4,),
-            "log2_key_box": (4,),
             "scale": 1.0,
             "key_mask": None,
             "threads": 1,
@@ -103,24 +92,38 @@ def test_the_kernel_refuses_what_it_cannot_take() -> None:
 
     x, lse = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8)
     tensor = (x.data_ptr(), x.stride())
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"type": 3},
         {"sizes": (1, 3, 2, 8)},
         {"sizes": (1, 2, 2, 2000)},
-        {"axes": [(8, 9, 1, 1, False)]},
-        {"axes": [(8, 3, 4, 1, False)]},
-        {"axes": [(8, 3, 1, 3, False)]},
-        {"prefix": -1},
-        {"log2_query_box": (3,)},
-        {"log2_key_box": (7,)},
+        {"window": 9},
+        {"stride": 4},
+        {"dilation": 3},
+        {"begin": -1},
+        {"begin": 8},
+        {"end": 9},
+        {"log2_box": 3},
+        {"log2_box": 7},
+        {"links": (3,)},
+        {"queries": [8]},
+        {"queries": [-1], "links": (1,)},
+        {"queries": [1 << 30, 1], "links": (1, 1)},
+        {"keys": [[(9, 0, 8, 4, 1, 1, 1, 0)]]},
+        {"keys": [[(8, 0, 8, 4, 1, 1, 1, 0), (1, 0, 1, 0, 1, 1, 1, 0)]]},
+        {"queries": [], "links": ()},
         {"threads": 0},
-    ):
+    )
+    for change in changes:
         with pytest.raises(ValueError, match="does not take this problem"):
             _native.forward(native(**change), tensor, tensor, tensor, tensor, lse.data_ptr())
     with pytest.raises(ValueError, match="no instruction set 'mmx'"):
         _native.forward(native(isa="mmx"), tensor, tensor, tensor, tensor, lse.data_ptr())
     with pytest.raises(ValueError, match="1 to 3 axes"):
-        native(axes=[])
+        native(queries=[[]])
+    with pytest.raises(ValueError, match="one link for each"):
+        native(links=(1, 1))
+    with pytest.raises(ValueError, match="does not take this pattern"):
+        _native.Pattern(queries=[8], keys=[8], links=[1]).streamed(False, 0, 0, 4)
 
 
 def test_fp64_goes_to_the_portable_provider(monkeypatch: pytest.MonkeyPatch) -> None:

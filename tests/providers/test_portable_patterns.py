@@ -8,11 +8,11 @@ from typing import Any
 
 import pattern_problems
 import patterns
+import provider_checks
 import pytest
 import torch
 from pattern_problems import PatternProblem
-from problems import Watch
-from torch import Tensor
+from problems import Watch, ones_for, problem_of
 
 from gna_compile.geometry import (
     AttentionPattern,
@@ -36,38 +36,6 @@ BLOCKS = 4
 PROBLEMS_PER_BLOCK = 200
 
 
-def problem(pattern: AttentionPattern, kv_heads: int = 1, device: str = "cpu") -> Problem:
-    return Problem(
-        device=device,
-        dtype=torch.float32,
-        batch=2,
-        heads=pattern.heads,
-        kv_heads=kv_heads,
-        head_dim=8,
-        pattern=pattern,
-        has_key_mask=True,
-        query_strides=(),
-        key_strides=(),
-        value_strides=(),
-    )
-
-
-def tensors(asked: Problem) -> Inputs:
-    """Query, key, value and key mask for a problem, all ones."""
-    pattern, batch, size = asked.pattern, asked.batch, asked.head_dim
-
-    def ones(*shape: int) -> Tensor:
-        return torch.ones(shape, dtype=asked.dtype, device=asked.device)
-
-    return Inputs(
-        ones(batch, asked.heads, pattern.query_tokens, size),
-        ones(batch, asked.kv_heads, pattern.key_tokens, size),
-        ones(batch, asked.kv_heads, pattern.key_tokens, size),
-        ones(batch, pattern.global_keys).bool(),
-        0.5,
-    )
-
-
 def run_all(asked: Problem, inputs: Inputs) -> None:
     """Forward, backward and tangents."""
     results = Forward(
@@ -79,22 +47,6 @@ def run_all(asked: Problem, inputs: Inputs) -> None:
         Portable().backward(asked, inputs, results, given, gradients)
     tangents = Forward(*map(torch.empty_like, results))
     write_tangents(asked, inputs, inputs, results.logsumexp, tangents)
-
-
-def rank_of_a_video(frames: int, side: int, text: int = 5) -> AttentionPattern:
-    """A rank's frames and text, of a video with its halo, an image that is aligned with it, and text."""
-    grid = (3 * frames, side, side)
-    mine = GridTokens(grid, (frames, 0, 0), (2 * frames, side, side))
-    halo = GridTokens(grid, (frames - 1, 0, 0), (2 * frames + 1, side, side))
-    return AttentionPattern(
-        (GlobalTokens(text), mine),
-        (GlobalTokens(text), halo, GridTokens((1, side, side)), GlobalTokens(3)),
-        (
-            (Link.FULL, Link.NONE, Link.FULL, Link.NONE),
-            (Link.FULL, Link.WINDOW, Link.WINDOW, Link.FULL),
-        ),
-        (HeadGroup(4, (Window((3, 5, 5), causal=(False, True, False)),)),),
-    )
 
 
 # Results -----------------------------------------------------------------------------------------
@@ -190,17 +142,7 @@ def test_random_problems_notice_a_fault(fault: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_pattern_without_keys_gives_zero() -> None:
-    pattern = AttentionPattern(
-        (GlobalTokens(3),), (GlobalTokens(0),), ((Link.FULL,),), (HeadGroup(2, ()),)
-    )
-    asked = problem(pattern)
-    inputs = tensors(asked)
-    results = Forward(inputs.query.clone(), inputs.query.new_zeros(inputs.query.shape[:3]))
-    Portable().forward(asked, inputs, results)
-    assert (results.output == 0).all() and results.logsumexp.isneginf().all()
-    gradients = Gradients(*(torch.full_like(x, torch.nan) for x in inputs[:3]))
-    Portable().backward(asked, inputs, results, OutputGradients(*results), gradients)
-    assert (gradients.query == 0).all()
+    provider_checks.check_a_pattern_without_keys_gives_zero(Portable())
 
 
 # Memory, host reads ------------------------------------------------------------------------------
@@ -213,8 +155,8 @@ def test_memory_is_bounded(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_tensors, "WORKSPACE", 1 << 20)
     monkeypatch.setattr(cuts, "MAX_MASK", 1 << 17)
     cuts.cut_grid.cache_clear()
-    asked = problem(rank_of_a_video(3, 32))
-    inputs = tensors(asked)
+    asked = problem_of(patterns.rank_of_a_video(3, 32))
+    inputs = ones_for(asked)
     with Watch() as watch:
         run_all(asked, inputs)
     cuts.cut_grid.cache_clear()
@@ -225,8 +167,8 @@ def test_memory_is_bounded(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_other_devices_are_never_read_on_the_host(kv_heads: int) -> None:
     # A meta tensor has no values: any read of one raises, as it would break a CUDA graph's capture.
-    asked = problem(rank_of_a_video(2, 6), kv_heads, "meta")
-    run_all(asked, tensors(asked))
+    asked = problem_of(patterns.rank_of_a_video(2, 6), kv_heads, "meta")
+    run_all(asked, ones_for(asked))
 
 
 # Pieces, the forecast ----------------------------------------------------------------------------
@@ -245,7 +187,7 @@ def test_queries_with_the_same_links_are_one_piece_and_neighboring_keys_one_rang
 
 
 def speedup(pattern: AttentionPattern) -> float:
-    forecast = Portable().forecast(problem(pattern, pattern.heads)).speedup
+    forecast = Portable().forecast(problem_of(pattern, pattern.heads)).speedup
     assert forecast is not None
     return forecast
 
@@ -298,5 +240,5 @@ def test_heads_that_see_different_things_are_declined() -> None:
     grid = GridTokens((8,))
     groups = (HeadGroup(1, (Window((3,)),)), HeadGroup(1, (None,)))
     pattern = AttentionPattern((grid,), (grid,), ((Link.WINDOW,),), groups)
-    reason = Portable().supports(problem(pattern))
+    reason = Portable().supports(problem_of(pattern))
     assert reason == "takes heads that all see the same, one head group at a time"

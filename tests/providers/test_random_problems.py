@@ -16,12 +16,11 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from pattern_problems import set_random_boxes
 from problems import error
 from torch import Tensor
 
 from gna_compile import _native, ops, providers
-from gna_compile.geometry import Neighborhood
-from gna_compile.providers.cpu import tiles as cpu_tiles
 from gna_compile.providers.cpu.provider import Cpu
 from gna_compile.providers.portable import provider as portable
 from gna_compile.providers.portable import tile_tensors, walk
@@ -117,11 +116,6 @@ class RandomProblem:
 
         return cut
 
-    def kernel_boxes(self) -> cpu_tiles.Boxes:
-        """Random boxes for the CPU kernel."""
-        candidates = list(cpu_tiles._candidates(len(self.geometry["grid"])))
-        return cpu_tiles.Boxes(self.rng.choice(candidates), self.rng.choice(candidates))
-
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
@@ -155,12 +149,9 @@ def test_block_of_random_problems_on_the_cpu_kernel(
 ) -> None:
     # The kernel leaves fp64 to the portable provider.
     monkeypatch.setattr(providers, "PROVIDERS", [Cpu(isa), Portable()])
-    # Random boxes have an extent for every axis, so none may be merged away.
-    monkeypatch.setattr(Neighborhood, "merged", property(lambda self: self))
     for index in range(PROBLEMS_PER_BLOCK):
         problem = RandomProblem(1_000_000 + block * PROBLEMS_PER_BLOCK + index)
-        chosen = problem.kernel_boxes()
-        monkeypatch.setattr(cpu_tiles, "choose_boxes", lambda _, chosen=chosen: chosen)
+        set_random_boxes(monkeypatch, problem.rng)
         check(problem)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 from gna_compile.geometry import (
@@ -36,7 +37,16 @@ def _draw(generator: random.Random, longest: int) -> AttentionPattern:
     rank = generator.randint(1, 3)
     lengths = tuple(generator.randint(1, longest) for _ in range(rank))
     kind = generator.choice(("self", "self", "self", "slab", "cache", "cross"))
-    keys = [_segment(generator, lengths, longest) for _ in range(generator.randint(1, 4))]
+    alike = generator.choice((0.0, 0.0, 0.6))  # more grids that windows can link to each other
+
+    def segment() -> Segment:
+        if generator.random() < alike:
+            return GridTokens(
+                tuple(length if generator.random() < 0.85 else 1 for length in lengths)
+            )
+        return _segment(generator, lengths, longest)
+
+    keys = [segment() for _ in range(generator.randint(1, 4))]
     queries: list[Segment] = list(keys)
     if kind == "slab":
         queries = [_boxed(generator, segment) for segment in keys]
@@ -45,23 +55,24 @@ def _draw(generator: random.Random, longest: int) -> AttentionPattern:
         queries = queries[generator.randrange(len(queries)) :]
         queries = [_boxed(generator, segment) for segment in queries]
     elif kind == "cross":
-        queries = [_segment(generator, lengths, longest) for _ in range(generator.randint(1, 3))]
+        queries = [segment() for _ in range(generator.randint(1, 3))]
     links = tuple(tuple(_link(generator, query, key) for key in keys) for query in queries)
     if generator.random() < 0.1:
         links = tuple(tuple(Link(min(link, 1)) for link in row) for row in links)
-    groups = []
+    groups, dilated = [], generator.choice((0.1, 0.3, 0.9))
     for _ in range(generator.randint(1, 3)):
         windows = tuple(
-            None if generator.random() < 0.2 else _window(generator, segment.grid)
+            None if generator.random() < 0.2 else _window(generator, segment.grid, dilated)
             for segment in queries
             if isinstance(segment, GridTokens)
         )
         groups.append(HeadGroup(generator.choice((0, 1, 1, 2)), windows))
     if generator.random() < 0.2:
         groups.append(groups[-1])
-    return AttentionPattern(
-        tuple(queries), tuple(keys), links, tuple(groups), partial=generator.random() < 0.3
-    )
+    pattern = AttentionPattern(tuple(queries), tuple(keys), links, tuple(groups), partial=True)
+    # Keys that are not at hand are missing nearly always, unless the window is very small.
+    is_partial = pattern.missing_key is not None or generator.random() < 0.3
+    return replace(pattern, partial=is_partial)
 
 
 def _segment(generator: random.Random, lengths: tuple[int, ...], longest: int) -> Segment:
@@ -105,10 +116,10 @@ def _link(generator: random.Random, query: Segment, key: Segment) -> Link:
     return Link.NONE if generator.random() < 0.2 else Link.FULL
 
 
-def _window(generator: random.Random, grid: tuple[int, ...]) -> Window:
+def _window(generator: random.Random, grid: tuple[int, ...], dilated: float) -> Window:
     rows: list[tuple[Any, ...]] = []
     for length in grid:
-        dilation = generator.randint(1, min(length, 3)) if generator.random() < 0.3 else 1
+        dilation = generator.randint(1, min(length, 3)) if generator.random() < dilated else 1
         window = generator.randint(1, length // dilation)
         if generator.random() < 0.25:
             dilation, window = 1, length
@@ -151,3 +162,19 @@ def split(pattern: AttentionPattern, seed: int) -> AttentionPattern:
 
 def size(pattern: AttentionPattern) -> int:
     return math.prod((pattern.heads, pattern.query_tokens, pattern.key_tokens))
+
+
+def rank_of_a_video(frames: int, side: int, text: int = 5) -> AttentionPattern:
+    """A rank's frames and text, of a video with its halo, an image that is aligned with it, and text."""
+    grid = (3 * frames, side, side)
+    mine = GridTokens(grid, (frames, 0, 0), (2 * frames, side, side))
+    halo = GridTokens(grid, (frames - 1, 0, 0), (2 * frames + 1, side, side))
+    return AttentionPattern(
+        (GlobalTokens(text), mine),
+        (GlobalTokens(text), halo, GridTokens((1, side, side)), GlobalTokens(3)),
+        (
+            (Link.FULL, Link.NONE, Link.FULL, Link.NONE),
+            (Link.FULL, Link.WINDOW, Link.WINDOW, Link.FULL),
+        ),
+        (HeadGroup(4, (Window((3, 5, 5), causal=(False, True, False)),)),),
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gna_compile.geometry import AttentionPattern, Axis, Neighborhood
-from gna_compile.providers import Problem
+from gna_compile.providers import Inputs, Problem
 
 
 @st.composite
@@ -38,6 +38,39 @@ def problem(neighborhood: Neighborhood, **changes: Any) -> Problem:
         "value_strides": strides,
     }
     return Problem(**(facts | changes))
+
+
+def problem_of(pattern: AttentionPattern, kv_heads: int = 1, device: str = "cpu") -> Problem:
+    """A problem of any pattern."""
+    return Problem(
+        device=device,
+        dtype=torch.float32,
+        batch=2,
+        heads=pattern.heads,
+        kv_heads=kv_heads,
+        head_dim=8,
+        pattern=pattern,
+        has_key_mask=True,
+        query_strides=(),
+        key_strides=(),
+        value_strides=(),
+    )
+
+
+def ones_for(asked: Problem) -> Inputs:
+    """Query, key, value and key mask for a problem, all ones."""
+    pattern, batch, size = asked.pattern, asked.batch, asked.head_dim
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=asked.dtype, device=asked.device)
+
+    return Inputs(
+        ones(batch, asked.heads, pattern.query_tokens, size),
+        ones(batch, asked.kv_heads, pattern.key_tokens, size),
+        ones(batch, asked.kv_heads, pattern.key_tokens, size),
+        ones(batch, pattern.global_keys).bool(),
+        0.5,
+    )
 
 
 class Watch(TorchDispatchMode):

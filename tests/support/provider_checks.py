@@ -12,9 +12,12 @@ from typing import Any
 
 import oracle
 import torch
+from problems import ones_for, problem_of
 from torch import Tensor
 
 from gna_compile import ops
+from gna_compile.geometry import AttentionPattern, GlobalTokens, HeadGroup, Link
+from gna_compile.providers import Forward, Gradients, OutputGradients, Provider
 
 SDPA: Any = torch.nn.functional.scaled_dot_product_attention
 POISON = [math.nan, math.inf, -math.inf]
@@ -151,3 +154,17 @@ def check_results_are_bitwise_repeatable() -> None:
         assert isinstance(output, Tensor)
         runs.append([output, *torch.autograd.grad(output, inputs, grad)])
     assert all(map(torch.equal, *runs))
+
+
+def check_a_pattern_without_keys_gives_zero(provider: Provider) -> None:
+    pattern = AttentionPattern(
+        (GlobalTokens(3),), (GlobalTokens(0),), ((Link.FULL,),), (HeadGroup(2, ()),)
+    )
+    asked = problem_of(pattern)
+    inputs = ones_for(asked)
+    results = Forward(inputs.query.clone(), inputs.query.new_zeros(inputs.query.shape[:3]))
+    provider.forward(asked, inputs, results)
+    assert (results.output == 0).all() and results.logsumexp.isneginf().all()
+    gradients = Gradients(*(torch.full_like(x, torch.nan) for x in inputs[:3]))
+    provider.backward(asked, inputs, results, OutputGradients(*results), gradients)
+    assert (gradients.query == 0).all()

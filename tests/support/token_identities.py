@@ -530,6 +530,22 @@ class Truth:
         layout = tuple(segment for segment in segments if segment)
         return None if self.fault(*layout) else layout
 
+    def several_grids(self) -> tuple[Segment, ...] | None:
+        """The layout with a grid wherever neighbors are cells of one source, if each is a raster."""
+        row = self.q[0]
+        is_cell = self.atlas.table["rank"][row] >= CELL_RANK
+        family = np.where(is_cell, self.atlas.table["family"][row], -1)
+        segments: list[Segment] = []
+        for part in np.split(row, np.flatnonzero(np.diff(family)) + 1):
+            if self.atlas.table["rank"][part[0]] < CELL_RANK:
+                segments.append(len(part))
+                continue
+            grid = _grid_of(self.atlas, part)[0]
+            if grid is None:
+                return None
+            segments.append(grid)
+        return None if self.fault(*segments) else tuple(segments)
+
     def visible(self, claim: Claim) -> np.ndarray:
         """Bool [batch and heads, tokens, tokens] from the cells' places, by the definition of GNA."""
         rows, tokens = self.q.shape

@@ -416,7 +416,7 @@ def _layouts_now(row: Any, truth: Truth, stride: int) -> list[Claim]:
     """The claim, or at other sizes the one layout that the tokens have."""
     claims = Claim.parse(row.layout, stride)
     right = [claim for claim in claims if not truth.fault(*claim.segments)]
-    layout = truth.layout(only_usual=False)
+    layout = truth.layout(only_usual=False) or truth.several_grids()
     if not right and layout:
         return [Claim(layout, stride)]
     if not right:

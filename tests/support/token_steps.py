@@ -205,6 +205,14 @@ def packed_two_images(m: Maker) -> Step:
     return run
 
 
+def _flat(name: str, form: str, tokens: int, **rest: Any) -> InputSpec:
+    return InputSpec(name, form, lambda s: (s.b, tokens, C), **rest)
+
+
+def _table(ids: Tensor) -> InputSpec:
+    return InputSpec("ids", "", lambda s: tuple(ids.shape), make=lambda s: ids, code=NEUTRAL)
+
+
 @stem(0.6, 1.5)
 def packed_pieces(m: Maker) -> Step:
     """Text and images in any order, of any sizes, with ids in one table or several."""
@@ -216,7 +224,7 @@ def packed_pieces(m: Maker) -> Step:
         first = float(number) if rng.random() < 0.8 else 0.0
         if rng.random() < 0.35:
             count = rng.choice([1, 3, 4])
-            parts.append(m.input(InputSpec("text", "blc", lambda s, n=count: (s.b, n, C))))
+            parts.append(m.input(_flat("text", "blc", count)))
             steps = torch.arange(float(count))[:, None]
             ids.append(first + steps * torch.tensor(rng.choice([[0, 0, 0], [0, 0, 1], [1, 1, 1]])))
             continue
@@ -226,19 +234,13 @@ def packed_pieces(m: Maker) -> Step:
         cut = w * rng.randint(1, h - 1) if rng.random() < 0.2 else 0
         for rows in [slice(0, cut), slice(cut, h * w)] if cut else [slice(0, h * w)]:
             n = len(cells[rows])
-            shape = lambda s, n=n: (s.b, n, C)  # noqa: E731
             # One row by itself is a mere enumeration, as text has it.
-            spec = InputSpec("latent", "bnc", shape, order=cells[rows], is_vague=n == w)
-            parts.append(m.input(spec))
+            is_vague, order = n == w, cells[rows]
+            parts.append(m.input(_flat("latent", "bnc", n, order=order, is_vague=is_vague)))
             ids.append(own[rows])
     if rng.random() < 0.6:
         ids = [torch.cat(ids)]
-    tables = [
-        m.input(
-            InputSpec("ids", "", lambda s, t=t: tuple(t.shape), make=lambda s, t=t: t, code=NEUTRAL)
-        )
-        for t in ids
-    ]
+    tables = [m.input(_table(table)) for table in ids]
     weight, wave = m.weight(C, C), by_ids(m)
     tokens = sum(map(len, ids))
     start(m, "bnc", t=1, is_open=True)
@@ -689,7 +691,7 @@ def coarser(m: Maker) -> Step:
 def finer(m: Maker) -> Step:
     """Twice the height and width: interpolation or a token split. May stay dense."""
     before = in_form(m, "bchw", "bhwc")
-    m.need(m.t == 1 and m.h * m.w <= 25)
+    m.need(m.t == 1 and m.h > 1 and m.h * m.w <= 25)
     form = m.form
     m.say(m.form)
     m.h, m.w, m.is_open = 2 * m.h, 2 * m.w, True

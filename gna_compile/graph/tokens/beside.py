@@ -18,6 +18,7 @@ from gna_compile.graph.tokens.position_ids import (
     name_of,
     one_grid,
     pieces_of,
+    pieces_together,
     tokens_of,
 )
 from gna_compile.graph.tokens.rows import Lines, is_plane
@@ -76,7 +77,8 @@ def read_ids(lines: Lines, start: int, stop: int) -> ReadIds | None:
     if values.shape[-2] != count:
         return None  # the values are those of other sizes
     rows = first, first + stop - start
-    return ReadIds(((node, rows),), pieces_of(values[..., slice(*rows), :]))
+    pieces = pieces_together([(values, rows)])
+    return ReadIds(((node, rows),), pieces) if pieces else None
 
 
 def is_replaced(lines: Lines) -> bool:

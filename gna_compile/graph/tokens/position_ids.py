@@ -91,6 +91,28 @@ def pieces_of(ids: torch.Tensor) -> tuple[Piece, ...]:
     return () if is_off.any() and _is_plane(table[is_off, 1:3]) else tuple(pieces)
 
 
+Table = tuple[torch.Tensor, tuple[int, int] | None]
+"""Position ids, and which rows of them; None for all."""
+
+
+def pieces_together(tables: Sequence[Table]) -> tuple[Piece, ...]:
+    """As `pieces_of`, of rows of tables one after another; () if the rows cut an image of a table.
+
+    A line of an image is no text, and its half is no image.
+    """
+    parts = []
+    for table, rows in tables:
+        if rows is not None:
+            if part_of(pieces_of(table), *rows) is None:
+                return ()
+            table = table[..., slice(*rows), :]
+        parts.append(table)
+    if len(parts) == 1:
+        return pieces_of(parts[0])
+    alike = len({(part.ndim, part.shape[-1], *part.shape[:-2]) for part in parts}) == 1
+    return pieces_of(torch.cat(parts, -2)) if alike else ()
+
+
 def _table_of(ids: torch.Tensor) -> torch.Tensor | None:
     """The coordinates [tokens, columns] on the host, if they can be read and are one for a batch."""
     unreadable = isinstance(ids, _torch.FakeTensor) or ids.is_meta
@@ -128,6 +150,21 @@ def one_grid(pieces: Sequence[Piece]) -> tuple[int, int] | None:
 
 def tokens_of(piece: Piece) -> int:
     return piece if isinstance(piece, int) else piece[0] * piece[1]
+
+
+def part_of(pieces: Sequence[Piece], start: int, stop: int) -> tuple[Piece, ...] | None:
+    """The pieces of the tokens start .. stop; None if that cuts an image."""
+    found: list[Piece] = []
+    first = 0
+    for piece in pieces:
+        last = first + tokens_of(piece)
+        inside = min(last, stop) - max(first, start)
+        if inside > 0:
+            if isinstance(piece, tuple) and inside < last - first:
+                return None
+            found.append(piece if isinstance(piece, tuple) else inside)
+        first = last
+    return tuple(found) if sum(map(tokens_of, found)) == stop - start else None
 
 
 def images_in(pieces: Sequence[Piece]) -> tuple[tuple[int, int], ...]:
@@ -179,28 +216,23 @@ class SeenIds:
     def __init__(self) -> None:
         self._seen: tuple[list[torch.Tensor], tuple[Piece, ...]] | None = None
 
-    def pieces(self, *tables: torch.Tensor) -> tuple[Piece, ...]:
-        """As `pieces_of`, of tables one after another."""
-        if any(isinstance(table, _torch.FakeTensor) or table.is_meta for table in tables):
+    def pieces(self, *tables: Table) -> tuple[Piece, ...]:
+        """As `pieces_together`."""
+        if any(isinstance(table, _torch.FakeTensor) or table.is_meta for table, _ in tables):
             return ()
         seen = self._seen
-        if seen is None or not all(map(same_content, seen[0], tables)):
+        if seen is None or not all(map(same_content, seen[0], (table for table, _ in tables))):
             with torch.no_grad():
-                copies = [table.detach().clone() for table in tables]
+                copies = [table.detach().clone() for table, _ in tables]
             # Of the copies, which nothing else can change in between.
-            self._seen = seen = copies, pieces_of(joined(copies))
+            shown = pieces_together(
+                [(copy, rows) for copy, (_, rows) in zip(copies, tables, strict=True)]
+            )
+            self._seen = seen = copies, shown
         return seen[1]
 
     def __reduce__(self) -> Any:
         return SeenIds, ()
-
-
-def joined(tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Position ids one after another; of equal columns and batch, or with no batch at all."""
-    if len(tables) == 1:
-        return tables[0]
-    alike = len({(table.ndim, table.shape[-1], *table.shape[:-2]) for table in tables}) == 1
-    return torch.cat(list(tables), -2) if alike else tables[0].new_empty(0, tables[0].shape[-1])
 
 
 def same_content(copy: torch.Tensor, ids: torch.Tensor) -> bool:

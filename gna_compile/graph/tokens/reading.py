@@ -25,7 +25,7 @@ from gna_compile.graph.tokens.beside import (
 )
 from gna_compile.graph.tokens.cells import NONE, Source, Tokens
 from gna_compile.graph.tokens.order import Order, order_of
-from gna_compile.graph.tokens.position_ids import ReadIds, images_in, joined, pieces_of
+from gna_compile.graph.tokens.position_ids import ReadIds, images_in, pieces_together
 from gna_compile.graph.tokens.rows import (
     Lines,
     Relation,
@@ -158,14 +158,9 @@ def _with_joined_ids(
         one, other = found[i][0].read, after.read
         if not (before.grid and after.grid and one and other) or one is other:
             continue
-        tables = (*one.tables, *other.tables)
-        rows = [
-            table if part is None else table[..., slice(*part), :]
-            for node, part in tables
-            if (table := values[node]) is not None
-        ]
-        both = ReadIds(tables, (*one.pieces, *other.pieces))
-        agree = pieces_of(joined(rows)) == both.pieces
+        both = ReadIds((*one.tables, *other.tables), (*one.pieces, *other.pieces))
+        tables = [(values[node], rows) for node, rows in both.tables]
+        agree = pieces_together(tables) == both.pieces
         for j, (run, main) in enumerate(found):
             if run.read is one or run.read is other:
                 doubt = "" if agree else "one image lies in tokens of several origins"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gna_compile.geometry import canonical
 from gna_compile.providers.problem import (
-    MANY_SEGMENTS,
     Forecast,
     Forward,
     Gradients,
@@ -28,6 +28,7 @@ except ImportError:  # installed without a C++ compiler
     _available = False
 else:
     from gna_compile.providers.cpu import tiles
+    from gna_compile.providers.cpu.native_pattern import native_pattern
 
     _available = True
 
@@ -59,16 +60,16 @@ class Cpu:
             return "the native extension was not built"
         if problem.device != "cpu":
             return f"runs on cpu, not {problem.device}"
-        if not problem.is_one_grid:
-            return MANY_SEGMENTS
         if problem.dtype not in _TYPES:
             return f"takes fp32, bf16 and fp16, not {problem.dtype}"
         if problem.head_dim > _MAX_HEAD_DIM:
             return f"head_dim {problem.head_dim} is larger than {_MAX_HEAD_DIM}"
+        if len(canonical(problem.pattern).head_groups) != 1:
+            return "takes heads that all see the same, one head group at a time"
         return None
 
     def forecast(self, problem: Problem) -> Forecast:
-        return Forecast(tiles.predicted_speedup(problem.neighborhood))
+        return Forecast(tiles.predicted_speedup(problem.pattern))
 
     def forward(self, problem: Problem, inputs: Inputs, results: Forward) -> None:
         _native.forward(
@@ -102,9 +103,8 @@ class Cpu:
         )
 
     def _native_problem(self, problem: Problem, inputs: Inputs) -> _native.Problem:
-        boxes = tiles.choose_boxes(problem.neighborhood.merged)
         return _native.Problem(
-            **_constants(problem, boxes),
+            **_constants(problem),
             scale=inputs.scale,
             key_mask=None if inputs.key_mask is None else _argument(inputs.key_mask),
             threads=torch.get_num_threads(),
@@ -113,17 +113,13 @@ class Cpu:
 
 
 @lru_cache(maxsize=1024)
-def _constants(problem: Problem, boxes: tiles.Boxes) -> dict[str, Any]:
+def _constants(problem: Problem) -> dict[str, Any]:
     """All of the problem that does not change from call to call."""
-    neighborhood = problem.neighborhood.merged
+    pattern = canonical(problem.pattern)
     return {
         "type": _TYPES[problem.dtype],
         "sizes": (problem.batch, problem.heads, problem.kv_heads, problem.head_dim),
-        "axes": [tiles.arguments(axis) for axis in neighborhood.axes],
-        "prefix": neighborhood.prefix,
-        "suffix": neighborhood.suffix,
-        "log2_query_box": boxes.queries,
-        "log2_key_box": boxes.keys,
+        "pattern": native_pattern(pattern, tiles.choose_boxes(pattern)),
     }
 
 
