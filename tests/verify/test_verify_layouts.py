@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -335,7 +334,7 @@ def test_ids_that_show_other_axes(
     def swapped(*arguments: Any) -> Layout | Decline:
         layout = resolved(*arguments)
         assert isinstance(layout, Layout)
-        return replace(layout, segments=(layout.grid[::-1],), ids=())
+        return Layout.of_grid(layout.grid[::-1], layout.prefix, layout.suffix)
 
     monkeypatch.setattr(decide, "resolve", swapped)
     with pytest.raises(LayoutError, match=f"the input img_ids shows {height}×{width}"):
