@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import backward, cpu, denoising, kernels, models, overhead, plots, resolutions
+from benchmarks import (
+    backward,
+    cpu,
+    denoising,
+    kernels,
+    models,
+    overhead,
+    patterns,
+    plots,
+    resolutions,
+)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 app.command("backward")(backward.main)
@@ -13,6 +23,7 @@ app.command("denoising")(denoising.main)
 app.command("kernels")(kernels.main)
 app.command("models")(models.main)
 app.command("overhead")(overhead.main)
+app.command("patterns")(patterns.main)
 app.command("plots")(plots.main)
 app.command("resolutions")(resolutions.main)
 

@@ -12,9 +12,27 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import backward, denoising, kernels, plots, record, resolutions, tables, timing
+from benchmarks import (
+    backward,
+    denoising,
+    kernels,
+    patterns,
+    plots,
+    record,
+    resolutions,
+    tables,
+    timing,
+)
 from benchmarks.__main__ import app
 from benchmarks.models import kind_of
+from gna_compile.geometry import (
+    AttentionPattern,
+    GlobalTokens,
+    GridTokens,
+    HeadGroup,
+    Window,
+    default_links,
+)
 from gna_compile.simulate import cases
 
 
@@ -352,3 +370,16 @@ def test_the_docs_tables_of_loops_and_training(results: Path) -> None:
         "",
         "Of commit fedcba9: `wan`.",
     ]
+
+
+def test_patterns() -> None:
+    """cuDNN is left out where there is none; groups of heads run alone, too."""
+    segments = (GlobalTokens(5), GridTokens((8, 8)), GridTokens((4, 4)))
+    window = Window((4, 4), (2, 2))
+    groups = (HeadGroup(2, (window, None)), HeadGroup(2, (None, None)))
+    pattern = AttentionPattern(segments, segments, default_links(segments), groups)
+    result = patterns.measure("small", pattern, 1, "cpu")
+    assert result.provider == "cpu, cpu" and set(result.failed) == {"cudnn"}
+    assert result.of_groups is not None and result.of_groups > 0
+    assert set(result.ms) == {"ours", "group 0", "group 1"}
+    assert result.bound == pytest.approx(1 / pattern.flop_share)
