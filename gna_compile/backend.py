@@ -243,7 +243,7 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
         annotations_below,
         model_around,
     )
-    from gna_compile.prepared.packed_grid import Mark, take_marks
+    from gna_compile.prepared.packed_grid import marks_of, take_marks
 
     _torch.require("rewriting")
     packed_grids = take_marks(gm)
@@ -258,9 +258,8 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     if own is not None:
         guard_root_attribute(KEY)
     if own is not None and own.packed is not None and not packed_grids:
-        guard_root_attribute(PACKED, "grids")
-        shown = enumerate(own.packed.grids)
-        packed_grids = [Mark(place, grid) for place, grid in shown if grid is not None]
+        guard_root_attribute(PACKED, "segments")
+        packed_grids = marks_of(own.packed)
     policies = {annotation.policy for annotation in annotations.values()} | (
         {policy} if policy else set()
     )

@@ -172,7 +172,7 @@ def _layout(
         if isinstance(packed, Decline):
             return packed
         if packed is not None:
-            declared = replace(declared, grid=packed) if declared else DeclaredLayout(packed)
+            declared = replace(declared, segments=packed) if declared else DeclaredLayout(packed)
         why = annotation.packed.why[0] if annotation.packed is not None else ""
     elif declared is not None and isinstance(flow.layout(site), Decline):
         ids = position_ids_outside()

@@ -13,7 +13,7 @@ from gna_compile.policy.errors import PolicyMismatch
 from gna_compile.policy.rules import DEFAULT_PHASE, Rule
 
 if TYPE_CHECKING:
-    from gna_compile.policy.schema import LayoutEntry, PolicyFile, RuleEntry
+    from gna_compile.policy.schema import LayoutEntry, PolicyFile, RuleEntry, SegmentEntry
 
 Conflict = tuple[KeyPath, str]
 
@@ -80,7 +80,8 @@ def _window_conflicts(entry: RuleEntry, rule: Rule, path: KeyPath) -> Iterator[C
     yield from wrong
     if rule.layout and not wrong and rule.grid_rank in (None, len(rule.layout.grid)):
         try:
-            rule.parameters(rule.layout.grid)
+            for place in sorted(rule.chosen_grids(rule.layout.grids)):
+                rule.parameters(rule.layout.grids[place])
         except PolicyMismatch as error:
             yield (*path, "window"), f"does not fit the declared layout: {error}"
 
@@ -115,9 +116,9 @@ def _axis_conflicts(columns: Mapping[str, Any], rank: int, path: KeyPath) -> Ite
 
 
 def _layout_conflicts(
-    layout: LayoutEntry | None, global_tokens: str | None, path: KeyPath
+    layout: LayoutEntry | list[SegmentEntry] | None, global_tokens: str | None, path: KeyPath
 ) -> Iterator[Conflict]:
-    if layout is None:
+    if layout is None or isinstance(layout, list):
         return
     for side in ("prefix", "suffix"):
         if global_tokens not in (None, side) and getattr(layout, side):

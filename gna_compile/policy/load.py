@@ -22,7 +22,7 @@ from gna_compile.policy.rules import DeclaredLayout, Phase, Policy, Rule
 if TYPE_CHECKING:  # pydantic takes a tenth of a second to import: only when a policy is loaded
     from pydantic import BaseModel, ValidationError
 
-    from gna_compile.policy.schema import LayoutEntry, PolicyFile
+    from gna_compile.policy.schema import LayoutEntry, PolicyFile, SegmentEntry
 
 _SUFFIXES = (".yaml", ".yml")
 _loaded: dict[str, Policy] = {}
@@ -175,8 +175,23 @@ def _fingerprint(file: PolicyFile) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _layout(entry: LayoutEntry | None) -> DeclaredLayout | None:
-    return None if entry is None else DeclaredLayout(entry.grid, entry.prefix, entry.suffix)
+def _layout(entry: LayoutEntry | list[SegmentEntry] | None) -> DeclaredLayout | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, list):
+        return DeclaredLayout.of_grid(entry.grid, entry.prefix, entry.suffix)
+    parts = [part.text if part.grid is None else part.grid for part in entry]
+    segments: list[Any] = []
+    for part in parts:  # neighboring global tokens are one segment
+        if segments and not (isinstance(part, tuple) or isinstance(segments[-1], tuple)):
+            segments[-1] += part
+        else:
+            segments.append(part)
+    if isinstance(segments[0], tuple) and isinstance(segments[-1], tuple):
+        return DeclaredLayout(tuple(segments))
+    prefix = 0 if isinstance(segments[0], tuple) else segments.pop(0)
+    suffix = 0 if isinstance(segments[-1], tuple) else segments.pop()
+    return DeclaredLayout(tuple(segments), prefix, suffix)
 
 
 def _rule(file: PolicyFile, index: int, document: Document) -> Rule:
@@ -237,9 +252,13 @@ def _empty(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
             yield from _empty(child, (*path, key))
 
 
+_FORMS = ("<one grid>", "<segments>")  # of a layout: `schema.ONE_GRID` and `schema.SEGMENTS`
+
+
 def _report(error: ValidationError, document: Document) -> None:
     for line in error.errors(include_url=False):
-        path, kind = tuple(line["loc"]), line["type"]
+        path = tuple(part for part in line["loc"] if part not in _FORMS)
+        kind = line["type"]
         value = repr(line["input"])
         value = value if len(value) <= 60 else value[:57] + "..."
         if kind == "extra_forbidden":
@@ -270,6 +289,8 @@ def _known_keys(path: KeyPath) -> list[str]:
     model: type[BaseModel] = schema.PolicyFile
     if path[0] == "phases":
         model = schema.Steps
+    elif path[-3:-2] == ("layout",):
+        model = schema.SegmentEntry
     elif path[-2:-1] == ("layout",):
         model = schema.LayoutEntry
     elif path[-2:-1] == ("tokens",):

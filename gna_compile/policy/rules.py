@@ -53,14 +53,41 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class DeclaredLayout:
-    """A `layout` of the policy; `prefix` and `suffix` are None where it does not say.
+    """A `layout` of the policy.
 
-    Where position ids stand in for a policy's layout, the grid may be symbolic.
+    Where position ids stand in for a policy's layout, sizes may be symbolic.
+
+    Attributes:
+        segments: from the first grid to the last: each the lengths of a grid, or a number of global
+            tokens between two.
+        prefix, suffix: global tokens before and after them; None where it does not say.
     """
 
-    grid: tuple[Size, ...]
+    segments: tuple[Size | tuple[Size, ...], ...]
     prefix: int | None = None
     suffix: int | None = None
+
+    @classmethod
+    def of_grid(
+        cls, grid: Sequence[Size], prefix: int | None = None, suffix: int | None = None
+    ) -> DeclaredLayout:
+        """One grid."""
+        return cls((tuple(grid),), prefix, suffix)
+
+    @property
+    def grids(self) -> tuple[tuple[Size, ...], ...]:
+        return tuple(segment for segment in self.segments if isinstance(segment, tuple))
+
+    @property
+    def grid(self) -> tuple[Size, ...]:
+        """The largest grid, the first of equal ones."""
+        return max(self.grids, key=math.prod)
+
+    @property
+    def tokens(self) -> Size:
+        """Tokens from the first grid to the last."""
+        sizes = (math.prod(s) if isinstance(s, tuple) else s for s in self.segments)
+        return sum(sizes)
 
 
 @dataclass(frozen=True)
@@ -338,8 +365,8 @@ class Policy:
                 final = rule.index if final is None else final
             if rule.dense or rule.grid_rank not in (None, len(grid)):
                 continue
-            if rule.layout and rule.layout.grid != tuple(grid):
-                declared = _times(rule.layout.grid)
+            if rule.layout and tuple(grid) not in rule.layout.grids:
+                declared = " + ".join(map(_times, rule.layout.grids))
                 problems.append(
                     f"{place}.layout: the grid is declared as {declared}, not {_times(grid)}"
                 )

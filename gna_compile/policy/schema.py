@@ -7,7 +7,18 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from gna_compile.policy.rules import DEFAULT_PHASE, Window
@@ -238,12 +249,46 @@ class TokenRange(Closed):
     max: Count | None = None
 
 
+class SegmentEntry(Closed):
+    """A part of a sequence: `text: 512` (tokens off any grid), or `grid: [64, 64]`."""
+
+    text: Size | None = None
+    grid: Grid | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> SegmentEntry:
+        if (self.text is None) == (self.grid is None):
+            raise _refuse("must be one of `text: 512` and `grid: [64, 64]`")
+        return self
+
+
 class LayoutEntry(Closed):
     """How tokens lie: `prefix` global tokens, the grid in raster order, `suffix` global tokens."""
 
     grid: Grid
     prefix: Count | None = None
     suffix: Count | None = None
+
+
+ONE_GRID, SEGMENTS = "<one grid>", "<segments>"
+"""The two forms of a layout, as they stand in the location of an error."""
+
+
+def _form(value: Any) -> str:
+    return SEGMENTS if isinstance(value, list) else ONE_GRID
+
+
+def _with_a_grid(segments: list[SegmentEntry]) -> list[SegmentEntry]:
+    if all(segment.grid is None for segment in segments):
+        raise _refuse("has no grid; write it as `[text: 512, grid: [64, 64]]`")
+    return segments
+
+
+Layout = Annotated[
+    Annotated[LayoutEntry, Tag(ONE_GRID)]
+    | Annotated[list[SegmentEntry], AfterValidator(_with_a_grid), Tag(SEGMENTS)],
+    Discriminator(_form),
+]
 
 
 class RuleEntry(Closed):
@@ -287,7 +332,7 @@ class RuleEntry(Closed):
         None,
         description="What grids see of each other: all, nothing, or their windows where they align.",
     )
-    layout: LayoutEntry | None = Field(None, description="Overrides the policy's layout.")
+    layout: Layout | None = Field(None, description="Overrides the policy's layout.")
     global_tokens: GlobalTokens | None = Field(
         None, description="Overrides the policy's global_tokens."
     )
@@ -314,7 +359,7 @@ class PolicyFile(Closed):
     allow_slow_providers: Flag = Field(
         False, description="Rewrite on a device even where no fast provider takes the problem."
     )
-    layout: LayoutEntry | None = Field(
+    layout: Layout | None = Field(
         None, description="How the tokens lie, for all rules; without it, it is read off the graph."
     )
     global_tokens: GlobalTokens | None = Field(

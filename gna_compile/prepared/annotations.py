@@ -30,7 +30,7 @@ from torch import nn
 from gna_compile import _torch
 from gna_compile.policy import DeclaredLayout, Policy, load_policy
 from gna_compile.prepared.declared_grids import IDS, Watch
-from gna_compile.prepared.packed_grid import Grid, PackedGrid, mark
+from gna_compile.prepared.packed_grid import PackedGrid, Segments, mark
 
 log = logging.getLogger("gna_compile")
 
@@ -143,10 +143,10 @@ def prepare(
     return model
 
 
-def _declared_grids(policy: Policy, declared: DeclaredLayout | None) -> tuple[Grid, ...]:
-    """The different grids that are declared for some layer."""
+def _declared_grids(policy: Policy, declared: DeclaredLayout | None) -> tuple[Segments, ...]:
+    """The different grids that are declared for some layer, or several for one."""
     layouts = [declared] if declared else [policy.layout, *(rule.layout for rule in policy.rules)]
-    return tuple(dict.fromkeys(layout.grid for layout in layouts if layout is not None))
+    return tuple(dict.fromkeys(layout.segments for layout in layouts if layout is not None))
 
 
 def _takes_ids(module: nn.Module) -> bool:
@@ -246,13 +246,13 @@ def _look_when_inlined(module: Any, args: Any, kwargs: Any) -> None:
     return
 
 
-def show_grid(model: nn.Module, grid: tuple[int, ...] | None) -> bool:
-    """Makes guards see that position ids show this grid; whether `model` is prepared for any."""
-    grids = {packed for module in model.modules() if (packed := module.__dict__.get(PACKED))}
-    for packed in grids:
-        # A graph that was made while this grid was shown, but for other ids, must go, too.
-        packed.show(None if packed.grid == grid else grid)
-    return bool(grids)
+def show_grids(model: nn.Module, segments: Segments | None) -> bool:
+    """Makes guards see that position ids show these; whether `model` is prepared for any."""
+    known = {packed for module in model.modules() if (packed := module.__dict__.get(PACKED))}
+    for packed in known:
+        # A graph that was made while these were shown, but for other ids, must go, too.
+        packed.show(None if packed.of_ids == segments else segments)
+    return bool(known)
 
 
 def attention_names(named: Mapping[str, nn.Module]) -> set[str]:

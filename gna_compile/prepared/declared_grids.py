@@ -21,13 +21,14 @@ import torch
 from torch import nn
 
 from gna_compile.graph.tokens.position_ids import (
+    Piece,
     SeenIds,
     images_in,
+    inner_pieces,
     may_be_ids,
-    one_grid,
-    several_grids,
+    words_of_pieces,
 )
-from gna_compile.prepared.packed_grid import Grid, PackedGrid
+from gna_compile.prepared.packed_grid import Grid, PackedGrid, Segments
 
 # Which dimensions of a latent are axes of space: [B, C, H, W]; with frames [B, C, T, H, W],
 # [B, T, C, H, W] or [B, T, H, W, C]; in a list [C, T, H, W] or [T, C, H, W].
@@ -54,6 +55,7 @@ class Sight:
         words: the inputs and their sizes, for people.
         readings: for each way to read them, the sizes along the axes of space, and what must stay
             the same (channels) for it to be the same way.
+        segments: the grids themselves, where inputs name them.
         patch: height and width of a patch of these inputs, if known.
     """
 
@@ -61,6 +63,7 @@ class Sight:
     words: str
     readings: Mapping[Any, tuple[Grid, Grid]] = field(default_factory=dict)
     patch: Grid | None = None
+    segments: Segments | None = None
 
 
 @dataclass
@@ -91,9 +94,28 @@ class Followed:
         return found.pop() if len(found) == 1 else None
 
 
-def is_checkable(grid: Grid) -> bool:
+def is_checkable(declared: Segments) -> bool:
     """Whether sizes of an input can tell anything of it: one axis may be anything flattened."""
-    return len(_without_units(grid)) > 1
+    first = declared[0]
+    return len(declared) > 1 or (isinstance(first, tuple) and len(_without_units(first)) > 1)
+
+
+def _as_declared(segments: Segments, declared: Segments) -> Segments | None:
+    """Segments without leading axes of length 1 that are not declared; None if they are others."""
+    if len(segments) != len(declared):
+        return None
+    found: list[int | Grid] = []
+    for now, then in zip(segments, declared, strict=True):
+        if isinstance(now, tuple) and isinstance(then, tuple):
+            units = max(len(now) - len(then), 0)
+            if now[:units] != (1,) * units or len(now) < len(then):
+                return None
+            found.append(now[units:])
+        elif isinstance(now, tuple) or isinstance(then, tuple):
+            return None
+        else:
+            found.append(now)
+    return tuple(found)
 
 
 def _patches(grid: Grid, sizes: Grid) -> Grid | None:
@@ -140,6 +162,7 @@ class Watch:
         self._followed: dict[Grid, dict[str, Followed]] = {}
         self._agreed_with: dict[Grid, Mapping[str, Any]] = {}
         self._first: dict[str, Any] | None = None
+        self._named: set[Segments] = set()
         self._has_seen = False
 
     def look(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -149,15 +172,13 @@ class Watch:
         device that they are on, and a look at shapes and numbers.
         """
         inputs = list(_inputs(module, args, kwargs))
-        images = self._images(inputs)
+        pieces = self._pieces(inputs)
         if self.reads_ids:
-            grid: Grid | None = one_grid(images) if images else None
-            why = several_grids(images) if images and len(images) > 1 else ""
             for shown in self.shown:
-                shown.show(grid, why)
+                shown.show(inner_pieces(pieces or ()))
         if not any(shown.declared for shown in self.shown):
             return
-        sights = _sights(inputs, images, _patch_of(module))
+        sights = _sights(inputs, pieces, _patch_of(module))
         for shown in self.shown:
             if not sights and shown.is_seen and not self._has_seen:
                 continue  # a module around this one has seen more
@@ -167,13 +188,13 @@ class Watch:
         self._has_seen |= bool(sights)
 
     def _now(
-        self, declared: Grid, sights: Sequence[Sight], inputs: Sequence[Input]
-    ) -> tuple[Grid | None, str]:
-        """What a declared grid is in this call, or why it is none."""
-        what = f"declared is the grid {_times(declared)}"
+        self, declared: Segments, sights: Sequence[Sight], inputs: Sequence[Input]
+    ) -> tuple[Segments | None, str]:
+        """What a declared layout is in this call, or why it is none."""
+        what = f"declared is the {words_of_pieces(declared)}"
         if sights and is_checkable(declared):
-            grid, why = self._agreed(declared, sights)
-            return grid, "" if grid else f"{what}, {why}"
+            segments, why = self._seen(declared, sights)
+            return segments, "" if segments else f"{what}, {why}"
         if self._has_seen and not sights:
             return None, f"{what}, and no input of this call shows whether it holds"
         sizes = dict(_sizes(inputs))
@@ -184,6 +205,24 @@ class Watch:
             return declared, ""
         words = ", ".join(f"{n} was {self._first.get(n)} and is {sizes.get(n)}" for n in changed)
         return None, f"{what} when the model was first called, but since then {words}"
+
+    def _seen(self, declared: Segments, sights: Sequence[Sight]) -> tuple[Segments | None, str]:
+        """What inputs show of a declared layout; why it is none."""
+        named = [sight for sight in sights if sight.segments is not None]
+        if len(declared) == 1 and isinstance(declared[0], tuple):
+            several = [sight for sight in named if len(sight.segments or ()) > 1]
+            if several:
+                return None, f"which does not fit {several[0].words}"
+            grid, why = self._agreed(declared[0], sights)
+            return None if grid is None else (grid,), why
+        if len(named) != 1:
+            return None, f"which does not follow from {' and '.join(s.words for s in sights)}"
+        (sight,) = named
+        now = _as_declared(sight.segments or (), declared)
+        if now is None or (declared not in self._named and now != declared):
+            return None, f"which does not fit {sight.words}"
+        self._named.add(declared)
+        return now, ""
 
     def _agreed(self, declared: Grid, sights: Sequence[Sight]) -> tuple[Grid | None, str]:
         """The grid on which all inputs agree that can show it; why there is none."""
@@ -207,21 +246,21 @@ class Watch:
             return next(iter(showing.values())), f"which does not fit {words}"
         return None, f"which does not follow from {words}: not all sizes that show it changed alike"
 
-    def _images(self, inputs: Sequence[Input]) -> tuple[tuple[int, int], ...] | None:
-        """The images that position ids enumerate; None if there are no ids."""
-        found: list[tuple[int, int]] = []
-        given = False
+    def _pieces(self, inputs: Sequence[Input]) -> tuple[Piece, ...] | None:
+        """What position ids enumerate; None if there are no ids, () if they cannot be read.
+
+        In which order the images of several inputs come nothing says, nor whether text that is among
+        the ids at an end is part of the tokens.
+        """
+        found: list[tuple[Piece, ...]] = []
         for name, value, _ in inputs:
             if isinstance(value, torch.Tensor) and may_be_ids(name, value):
                 if name != IDS and _TEXT.search(name):
                     continue
                 pieces = self._ids.setdefault(name, SeenIds()).pieces((value, None))
-                images = images_in(pieces)
-                if name == IDS and len(images) < max(len(pieces), 1):
-                    return ()
-                given |= bool(images)
-                found.extend(images)
-        return tuple(found) if given else None
+                if name == IDS or images_in(pieces):
+                    found.append(pieces if inner_pieces(pieces) == pieces else ())
+        return found[0] if len(found) == 1 else () if found else None
 
 
 IDS = "img_ids"
@@ -254,18 +293,24 @@ def _flat(name: str, value: Any, in_list: bool) -> Iterator[Input]:
 
 
 def _sights(
-    inputs: Sequence[Input], images: Sequence[tuple[int, int]] | None, patch: Grid | None
+    inputs: Sequence[Input], pieces: Sequence[Piece] | None, patch: Grid | None
 ) -> list[Sight]:
     """What shows the grid: position ids, else shapes of what may be the latent, sizes as arguments."""
-    if images is not None:
-        if len(images) > 1:
-            return [Sight("ids", f"position ids, which show {several_grids(images)}")]
-        if not images:
+    if pieces is not None:
+        segments = inner_pieces(pieces)
+        if segments is None:
             return [Sight("ids", "position ids, which show none")]
-        (image,) = images
-        words = f"position ids, which show {_times(image)}"
-        return [Sight("ids", words, {"ids": (image, ())}, patch=(1, 1))]
+        words = f"position ids, which show {words_of_pieces(segments)}"
+        return [_named_sight("ids", words, segments, patch=(1, 1))]
     return [*_latents(inputs, patch), *_shapes(inputs), *_numbers(inputs)]
+
+
+def _named_sight(name: str, words: str, segments: Segments, patch: Grid | None = None) -> Sight:
+    """Of inputs that name the grids themselves."""
+    first = segments[0]
+    if len(segments) > 1 or not isinstance(first, tuple):
+        return Sight(name, words, segments=segments)
+    return Sight(name, words, {name: (first, ())}, patch, segments)
 
 
 def _latents(inputs: Sequence[Input], patch: Grid | None) -> Iterator[Sight]:
@@ -308,11 +353,8 @@ def _shapes(inputs: Sequence[Input]) -> Iterator[Sight]:
             if len({tuple(map(tuple, sample)) for sample in samples}) > 1:
                 yield Sight(name, f"{name}, which differ between samples")
                 return
-            shapes = [tuple(shape) for shape in samples[0]]
-            if len(shapes) > 1:
-                yield Sight(name, f"{name}, which are {several_grids(shapes)}")
-            else:
-                yield Sight(name, f"{name} of {_times(shapes[0])}", {name: (shapes[0], ())})
+            shapes = tuple(tuple(shape) for shape in samples[0])
+            yield _named_sight(name, f"{name} of {words_of_pieces(shapes)}", shapes)
             return
 
 

@@ -27,12 +27,12 @@ from gna_compile.graph.tokens.position_ids import (
     Piece,
     SeenIds,
     images_in,
-    one_grid,
+    inner_pieces,
     same_content,
     words_of_pieces,
 )
 from gna_compile.lower import Lowered
-from gna_compile.prepared.annotations import show_grid
+from gna_compile.prepared.annotations import show_grids
 
 log = logging.getLogger("gna_compile")
 
@@ -163,7 +163,7 @@ class CheckedAgainstIds:
 
     def _report(self, shown: Sequence[Piece], pieces: Sequence[Any]) -> None:
         root = self._root()
-        prepared = root is not None and show_grid(root, one_grid(shown))
+        prepared = root is not None and show_grids(root, inner_pieces(shown))
         if tuple(shown) in self._warned:
             return
         self._warned.add(tuple(shown))

@@ -7,7 +7,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from models import flux_ids
+from masked_model import layout_mask, masked, segments_of
+from models import build, flux_ids, main_output
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -208,3 +209,68 @@ def test_rules_that_cannot_share_a_layer() -> None:
 def test_rules_for_all_heads_alike_are_one_launch() -> None:
     rules = policy({"heads": "0-2", "window": 3}, {"heads": "3-5", "window": 3})
     assert rows(Joint(), inputs(images((6, 8))), rules).window == "3x3"
+
+
+# Prepared models: what the inputs of a call show
+
+
+SMALL: dict[str, Any] = {"min_tokens": 60, "key_mask": "global_tokens"}
+HALVES = {"window": "1/2", "stride": 2}
+
+
+def masked_run(model: nn.Module, given: dict[str, Any], layout: str) -> Tensor:
+    """The model in eager mode with half of each grid's axes as window."""
+    grids = [grid for grid in segments_of(layout) if not isinstance(grid, int)]
+    windows = [tuple(max(n // 2, 1) for n in grid) for grid in grids]
+    see = layout_mask(layout, windows, [tuple(min(2, n) for n in w) for w in windows])
+    with masked(model, lambda call: see), torch.no_grad():
+        return main_output(model(**given))
+
+
+def test_a_prepared_model_block_by_block_follows_its_ids() -> None:
+    built, plain = build("flux-kontext"), build("flux-kontext").model
+    gna_compile.prepare(built.model, policy(HALVES, **SMALL))
+    built.model.compile_repeated_blocks(backend="gna", options={"inner": "aot_eager"})  # type: ignore[operator]
+    text = built.inputs["encoder_hidden_states"].shape[1]
+    for grids in (TWO, [(6, 8), (8, 6)], [(12, 8)], [(4, 10), (6, 8), (5, 6)], TWO):
+        ids = images(*grids)
+        given = {**built.inputs, "img_ids": ids, "hidden_states": torch.randn(1, len(ids), 16)}
+        layout = " + ".join([str(text), *(f"{h}x{w}" for h, w in grids)])
+        with torch.no_grad():
+            actual = main_output(built.model(**given))
+        torch.testing.assert_close(actual, masked_run(plain, given, layout), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"layout": [{"text": 14}, {"grid": [8, 10]}, {"grid": [6, 5]}]},
+        {"layout": [{"grid": [8, 10]}, {"grid": [6, 5]}], "global_tokens": "prefix"},
+    ],
+)
+def test_declared_grids_follow_the_shapes_that_a_model_is_given(layout: dict[str, Any]) -> None:
+    """Qwen-Image-Edit: the sizes of the image and of the reference are an argument."""
+    built, plain = build("qwen-image"), build("qwen-image").model
+    gna_compile.prepare(built.model, policy(HALVES, **SMALL, **layout))
+    run = torch.compile(built.model, backend="gna", options={"inner": "aot_eager"})
+    for image, reference in (((8, 10), (6, 5)), ((10, 8), (6, 5)), ((9, 6), (4, 8))):
+        tokens = image[0] * image[1] + reference[0] * reference[1]
+        given = {**built.inputs, "hidden_states": torch.randn(1, tokens, 16)}
+        given["img_shapes"] = [[(1, *image), (1, *reference)]]
+        words = "14 + {}x{} + {}x{}".format(*image, *reference)
+        with torch.no_grad():
+            actual = main_output(run(**given))
+        torch.testing.assert_close(actual, masked_run(plain, given, words), rtol=1e-4, atol=1e-4)
+    given["img_shapes"] = [[(1, *image)]]
+    given["hidden_states"] = given["hidden_states"][:, : image[0] * image[1]]
+    with torch.no_grad():
+        torch.testing.assert_close(main_output(run(**given)), main_output(plain(**given)))
+
+
+def test_a_declared_list_that_the_graph_contradicts() -> None:
+    two = {"layout": [{"text": TEXT}, {"grid": [6, 8]}, {"grid": [6, 8]}]}
+    given = inputs(images(*TWO))
+    assert rows(Joint(), given, policy({"window": 3}, **two)).decision == "gna"
+    row = rows(Joint(), inputs(images((8, 12))), policy({"window": 3}, **two))
+    assert row.reason == Reason.LAYOUT_MISMATCH.value
+    assert "declared is 5 + 6×8 + 6×8, the graph shows 5 + 8×12 (values of img_ids)" in row.detail

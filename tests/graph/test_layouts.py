@@ -286,7 +286,7 @@ def test_a_declared_layout_must_fit_the_tokens(
     tokens: int,
     expected: str | None,
 ) -> None:
-    declared = DeclaredLayout(grid, prefix, suffix)
+    declared = DeclaredLayout.of_grid(grid, prefix, suffix)
     inputs = torch.randn(1, tokens, WIDTH)
     (layout,) = look(
         self_attention, inputs, declared=declared, global_tokens=global_tokens
@@ -303,7 +303,7 @@ def test_a_declared_layout_must_not_contradict_the_graph(
     def with_text(x: Tensor) -> Tensor:
         return self_attention(torch.cat([torch.zeros(1, 7, WIDTH), flattened(x)], dim=1))
 
-    (layout,) = look(with_text, image(), declared=DeclaredLayout(grid)).resolved
+    (layout,) = look(with_text, image(), declared=DeclaredLayout.of_grid(grid)).resolved
     assert text(layout) == expected
 
 

@@ -171,7 +171,7 @@ def test_images_one_after_another_are_no_axis(columns: int) -> None:
     assert one_grid(pieces_of(two)) is None
     three = images((0, 6, 10), (10, 4, 4), (20, 1, 5), columns=columns)
     assert pieces_of(three) == ((6, 10), (4, 4), 5)  # a row is a mere enumeration
-    assert words_of_pieces(pieces_of(three)) == "6×10 + 4×4 + 5"
+    assert words_of_pieces(pieces_of(three)) == "grids 6×10 + 4×4 + 5"
     assert pieces_of(images((10, 6, 10), columns=columns)) == ((6, 10),)
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from gna_compile.geometry import Neighborhood
 from gna_compile.planner import Workload, plan, speedups
 from gna_compile.policy import (
+    DeclaredLayout,
     LayerFacts,
     Parameters,
     Policy,
@@ -212,6 +213,19 @@ def test_yaml_bomb_is_refused_at_once(yaml_errors) -> None:  # type: ignore[no-u
         ({"tokens": {"min": 1.5}, "dense": True}, "tokens.min"),
         ({"window": 3, "layout": {"grid": [4, 0]}}, "layout.grid"),
         ({"window": 3, "layout": {"prefix": 4}}, "layout.grid"),
+        ({"window": 3, "layout": [{"text": 3}]}, "layout"),
+        ({"window": 3, "layout": []}, "layout"),
+        ({"window": 3, "layout": [{"text": 3, "grid": [3]}]}, "layout[0]"),
+        ({"window": 3, "layout": [{"text": 3}, {"grid": [4, 0]}]}, "layout[1].grid"),
+        ({"window": 3, "layout": [{"txt": 3}, {"grid": [4, 4]}]}, "layout[0].txt"),
+        ({"window": 3, "heads": "5-2"}, "heads"),
+        ({"window": 3, "heads": []}, "heads"),
+        ({"window": 3, "grids": "some"}, "grids"),
+        ({"window": 3, "grids": -1}, "grids"),
+        ({"window": 3, "between_grids": "half"}, "between_grids"),
+        ({"dense": True, "grids": "first"}, "grids"),
+        ({"window": 9, "layout": [{"grid": [16, 16]}, {"grid": [4, 4]}]}, "window"),
+        ({"window": 3, "grids": 2, "layout": [{"grid": [4, 4]}, {"grid": [4, 4]}]}, "window"),
         ({"window": 5, "layout": {"grid": [4, 8]}}, "window"),
         ({"window": [2, 2], "layout": {"grid": [4, 4, 8]}}, "window"),
         ({"window": 3, "global_tokens": "front"}, "global_tokens"),
@@ -1017,3 +1031,28 @@ def test_shipped_globs_meet_the_layers_of_real_models(name: str, sparse: int, de
 def test_the_docs_list_every_reason() -> None:
     text = (ROOT / "docs" / "decisions.md").read_text()
     assert [code for code in Reason if f"\n| `{code.value}` |" not in text] == []
+
+
+def test_a_layout_of_several_segments() -> None:
+    def layout(*segments: Any) -> DeclaredLayout | None:
+        return make({"window": 2}, layout=list(segments)).layout
+
+    one, two = {"grid": [4, 6]}, {"grid": [2, 3]}
+    assert layout({"text": 7}, one, two) == DeclaredLayout(((4, 6), (2, 3)), 7, 0)
+    assert layout({"text": 7}, {"text": 1}, one) == DeclaredLayout(((4, 6),), 8, 0)
+    assert layout(one, {"text": 1}, {"text": 2}, two) == DeclaredLayout(((4, 6), 3, (2, 3)))
+    assert layout(one, two, {"text": 5}) == DeclaredLayout(((4, 6), (2, 3)), 0, 5)
+    assert layout(one) == DeclaredLayout.of_grid((4, 6))
+
+
+def test_rules_of_heads() -> None:
+    policy = make(
+        {"heads": ["0-1", 5], "window": 3}, {"heads": "3-40", "dense": True}, {"window": 5}
+    )
+    groups = [(n, rule and rule.index) for n, rule in policy.rules_of_heads(LayerFacts("a"), 8)]
+    assert groups == [(2, 0), (1, 2), (2, 1), (1, 0), (2, 1)]
+    assert sum(n for n, _ in groups) == 8
+    assert policy.signature("a") == (0, 1, 2)
+    partly = make({"heads": "2-3", "window": 3})
+    assert [n for n, _ in partly.rules_of_heads(LayerFacts("a"), 6)] == [2, 2, 2]
+    assert make({"window": 3}).rules_of_heads(LayerFacts("a"), "h")[0][0] == "h"  # held to nothing

@@ -46,15 +46,24 @@ class Anything(nn.Module):
         pass
 
 
+def grid_of(shown: PackedGrid) -> tuple[int, ...] | None:
+    """The one grid that a declared one has become."""
+    if shown.segments[1] is None:
+        return None
+    (grid,) = shown.segments[1]
+    assert isinstance(grid, tuple)
+    return grid
+
+
 def followed(declared: tuple[int, ...], *calls: Any) -> list[tuple[int, ...] | None]:
     """What has become of a declared grid in each call; a tuple is the shape of the latent."""
-    shown, module = PackedGrid([declared]), Anything()
+    shown, module = PackedGrid([(declared,)]), Anything()
     watch = Watch([shown], reads_ids=False)
     grids = []
     for call in calls:
         call = {"hidden_states": torch.empty(call)} if isinstance(call, tuple) else call
         watch.look(module, (), call)
-        grids.append(shown.grids[1])
+        grids.append(grid_of(shown))
         assert (grids[-1] is None) == bool(shown.why[1])
     return grids
 
@@ -91,12 +100,12 @@ def test_another_size_of_the_latent_is_another_grid(
 
 def test_patches_that_the_model_is_configured_for() -> None:
     """Else a first call of another size could pass for one of larger patches."""
-    shown, module = PackedGrid([(6, 8)]), Anything()
+    shown, module = PackedGrid([((6, 8),)]), Anything()
     module.config = SimpleNamespace(patch_size=2)  # type: ignore[assignment]
     watch = Watch([shown], reads_ids=False)
     for height, width, grid in ((24, 32, None), (12, 16, (6, 8)), (24, 32, (12, 16))):
         watch.look(module, (torch.empty(1, 4, height, width),), {})
-        assert shown.grids[1] == grid
+        assert grid_of(shown) == grid
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Protocol
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, hint, holds, is_known
 from gna_compile.graph.tokens.layouts import Layout, Segment, TokenFlow, sum_of, words_of
-from gna_compile.graph.tokens.position_ids import name_of
+from gna_compile.graph.tokens.position_ids import ReadIds, name_of
 from gna_compile.graph.tokens.reading import times
 from gna_compile.reasons import Decline, Reason
 
@@ -19,7 +19,9 @@ class Declared(Protocol):
     """A layout from a policy or from `prepare`; prefix and suffix are None where it does not say."""
 
     @property
-    def grid(self) -> tuple[Size, ...]: ...
+    def segments(self) -> tuple[Size | tuple[Size, ...], ...]: ...
+    @property
+    def tokens(self) -> Size: ...
     @property
     def prefix(self) -> int | None: ...
     @property
@@ -49,25 +51,52 @@ def resolve(
         if isinstance(shown, Decline):
             return shown
         return _checked(site, shown, global_tokens)
-    grid = tuple(declared.grid)
     placed = _placed(site, flow, declared, global_tokens)
     if isinstance(placed, Decline):
         return placed
-    prefix, suffix = placed
+    ours = Layout.around(declared.segments, *placed, source="declared", indices=flow.indices)
     if isinstance(shown, Decline):
         known = flow.known(site)
-        refusal = flow.hold(known) or _contradiction(known.segments, grid, prefix)
-        return refusal or Layout.of_grid(grid, prefix, suffix, "declared", indices=flow.indices)
-    # What ids show is checked at every call, and no reason to hold symbols to it.
-    ours = tuple(hint(size) for size in grid) if shown.ids else grid
-    declared_words = Layout.of_grid(grid, prefix, suffix).words
-    if len(shown.grids) > 1 or not (same_grid(shown.grid, ours) and holds(shown.prefix == prefix)):
+        refusal = flow.hold(known)
+        for start, grid in ours.placed:
+            if refusal is None and isinstance(grid, tuple):
+                refusal = _contradiction(known.segments, grid, start)
+        return refusal or ours
+    if not _is_same(shown, ours):
         return Decline(
             Reason.LAYOUT_MISMATCH,
-            f"declared is {declared_words}, the graph shows {shown.words} ({shown.source})",
+            f"declared is {ours.words}, the graph shows {shown.words} ({shown.source})",
         )
-    ids = tuple(replace(read, pieces=(grid,)) for read in shown.ids)
-    return Layout.of_grid(grid, prefix, suffix, "declared", ids, shown.indices)
+    return replace(ours, ids=_with_sizes(shown.ids, ours), indices=shown.indices)
+
+
+def _is_same(shown: Layout, ours: Layout) -> bool:
+    """Whether two layouts are one. What ids show is checked at every call, so it holds no symbols."""
+    pairs = list(zip(shown.segments, ours.segments, strict=False))
+    if len(shown.segments) != len(ours.segments):
+        return False
+    for segment, other in pairs:
+        if isinstance(segment, tuple) and isinstance(other, tuple):
+            wanted = tuple(map(hint, other)) if shown.ids else other
+            if not same_grid(segment, wanted):
+                return False
+        elif isinstance(segment, tuple) or isinstance(other, tuple) or not holds(segment == other):
+            return False
+    return True
+
+
+def _with_sizes(ids: Sequence[ReadIds], layout: Layout) -> tuple[ReadIds, ...]:
+    """What ids have to show at each call, with the layout's own sizes, which may be symbolic."""
+    grids = iter(layout.grids)
+    return tuple(
+        replace(
+            read,
+            pieces=tuple(
+                next(grids) if isinstance(piece, tuple) else piece for piece in read.pieces
+            ),
+        )
+        for read in ids
+    )
 
 
 def _contradiction(
@@ -133,16 +162,13 @@ def _placed(
     site: Site, flow: TokenFlow, declared: Declared, global_tokens: str | None
 ) -> tuple[Size, Size] | Decline:
     """Tokens before and after the declared grid."""
-    grid = tuple(declared.grid)
     prefix: Size = declared.prefix or 0
     suffix: Size = declared.suffix or 0
+    tokens = declared.tokens
     if declared.prefix is None and declared.suffix is None:
-        tokens = math.prod(grid)
-        sizes = [segment.size for segment in flow.known(site).segments]
-        matches = [i for i, size in enumerate(sizes) if holds(size == tokens)]
-        if len(matches) == 1:
-            (index,) = matches
-            prefix, suffix = sum_of(sizes[:index]), sum_of(sizes[index + 1 :])
+        around = _around(flow.known(site).segments, tokens)
+        if around is not None:
+            prefix, suffix = around
         elif global_tokens == "prefix":
             prefix = site.tokens - tokens
         elif global_tokens == "suffix":
@@ -150,17 +176,34 @@ def _placed(
     wrong = {"prefix": suffix, "suffix": prefix, "none": prefix + suffix}.get(
         global_tokens or "", 0
     )
-    fits = holds(prefix + math.prod(grid) + suffix == site.tokens)
+    fits = holds(prefix + tokens + suffix == site.tokens)
     if not fits or not holds(prefix >= 0) or not holds(suffix >= 0):
-        around = declared.prefix or 0, declared.suffix or 0
-        return _miscounted(site, Layout.of_grid(grid, *around))
+        given = declared.prefix or 0, declared.suffix or 0
+        return _miscounted(site, Layout.around(declared.segments, *given))
     if not holds(wrong == 0):
         return Decline(
             Reason.LAYOUT_MISMATCH,
-            f"declared is `global_tokens: {global_tokens}`, but the tokens of the grid "
-            f"{times(grid)} have {prefix} before and {suffix} after them",
+            f"declared is `global_tokens: {global_tokens}`, but "
+            f"{Layout.around(declared.segments).words} has {prefix} tokens before and {suffix} "
+            "after it",
         )
     return prefix, suffix
+
+
+def _around(segments: Sequence[Segment], tokens: Size) -> tuple[Size, Size] | None:
+    """Tokens before and after the one run, or the runs, that have as many tokens as declared."""
+    sizes = [segment.size for segment in segments]
+    single = [(i, i + 1) for i, size in enumerate(sizes) if holds(size == tokens)]
+    spans = single or [
+        (i, j)
+        for i in range(len(sizes))
+        for j in range(i + 2, len(sizes) + 1)
+        if holds(sum_of(sizes[i:j]) == tokens)
+    ]
+    if len(spans) != 1:
+        return None
+    ((first, stop),) = spans
+    return sum_of(sizes[:first]), sum_of(sizes[stop:])
 
 
 def _miscounted(site: Site, layout: Layout) -> Decline:

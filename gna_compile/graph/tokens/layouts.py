@@ -52,17 +52,23 @@ class Layout:
 
     @classmethod
     def of_grid(
+        cls, grid: Sequence[Size], prefix: Size = 0, suffix: Size = 0, source: str = "graph"
+    ) -> Layout:
+        """One grid with global tokens around it."""
+        return cls.around((tuple(grid),), prefix, suffix, source)
+
+    @classmethod
+    def around(
         cls,
-        grid: Sequence[Size],
+        segments: Sequence[Size | tuple[Size, ...]],
         prefix: Size = 0,
         suffix: Size = 0,
         source: str = "graph",
-        ids: tuple[ReadIds, ...] = (),
         indices: tuple[fx.Node, ...] = (),
     ) -> Layout:
-        """One grid with global tokens around it."""
+        """Segments with global tokens around them."""
         before, after = ([] if _is_zero(n) else [n] for n in (prefix, suffix))
-        return cls((*before, tuple(grid), *after), source, ids, indices)
+        return cls((*before, *segments, *after), source, indices=indices)
 
     @property
     def grids(self) -> tuple[tuple[Size, ...], ...]:

@@ -172,17 +172,16 @@ def images_in(pieces: Sequence[Piece]) -> tuple[tuple[int, int], ...]:
     return tuple(piece for piece in pieces if isinstance(piece, tuple))
 
 
+def inner_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...] | None:
+    """The pieces from the first image to the last; None if there is none."""
+    places = [i for i, piece in enumerate(pieces) if isinstance(piece, tuple)]
+    return tuple(pieces[places[0] : places[-1] + 1]) if places else None
+
+
 def words_of_pieces(pieces: Sequence[Any]) -> str:
-    """Pieces as text: `grid 64×64`, or `512 + 64×64 + 32×32`."""
+    """Pieces as text: `grid 64×64`, or `grids 64×64 + 12 + 32×32`."""
     texts = ["×".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in pieces]
-    return f"grid {texts[0]}" if one_grid(pieces) else " + ".join(texts)
-
-
-def several_grids(runs: Sequence[Sequence[int]]) -> str:
-    """What is said of tokens that are several grids one after another."""
-    sizes = ["×".join(map(str, run)) for run in runs]
-    listed = f"{', '.join(sizes[:-1])} and {sizes[-1]}"
-    return f"{len(runs)} grids one after another: {listed}; several grids are not rewritten yet"
+    return f"{'grids' if len(texts) > 1 else 'grid'} {' + '.join(texts)}"
 
 
 def _raster(rows: torch.Tensor, columns: torch.Tensor) -> tuple[int, int] | None:
