@@ -89,5 +89,8 @@ MODELS = {
     "cosmos-7b-720p-89": _COSMOS_MODEL,
     "cosmos-predict2-2b": Model((24, 44, 80), 16),
     "wan2.1-720p": Model(_WAN, 40),
+    "wan2.2-a14b-720p": Model(_WAN, 40),
+    "flux2-4k": Model(_FLUX, 48, prefix=512),
+    "flux3-4k": Model(_FLUX, 24, prefix=512),
 }
 """By the name of the shipped policy."""

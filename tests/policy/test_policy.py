@@ -871,6 +871,18 @@ LAYERS = {
     "cosmos-7b-720p": {"transformer_blocks.27.attn1": True, "transformer_blocks.27.attn2": False},
     "wan2.1-720p": {"blocks.39.attn1": True, "blocks.39.attn2": False},
 }
+LAYERS["wan2.2-a14b-720p"] = LAYERS["wan2.1-720p"]
+LAYERS["flux2-4k"] = {
+    "transformer_blocks.7.attn": True,
+    "single_transformer_blocks.47.attn": True,
+    "context_embedder": False,
+}
+LAYERS["flux3-4k"] = {
+    "mode_blocks.image.4.attn": True,
+    "mode_blocks.image_cond.4.attn": False,
+    "txt_mode_blocks.4.attn": False,
+    "single_transformer_blocks.27.attn": True,
+}
 LAYERS["hunyuan-video-720p-58"] = LAYERS["hunyuan-video-720p"]
 LAYERS["cosmos-7b-720p-89"] = LAYERS["cosmos-predict2-2b"] = LAYERS["cosmos-7b-720p"]
 
