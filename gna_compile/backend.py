@@ -232,7 +232,7 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
         is_resumed,
         root_module,
     )
-    from gna_compile.graph.masks import without_idle_masks
+    from gna_compile.graph.masks import with_plain_masks
     from gna_compile.graph.sites.find import find_sites
     from gna_compile.graph.tokens.layouts import TokenFlow
     from gna_compile.policy import load_policy
@@ -248,7 +248,7 @@ def decide_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     _torch.require("rewriting")
     packed_grids = take_marks(gm)
     policy = load_policy(options.policy) if options.policy is not None else None
-    found = without_idle_masks(find_sites(gm))
+    found = with_plain_masks(find_sites(gm))
     sites = [_as_torch_allows(site, gm, options) for site in found]
     if not sites:
         return GraphPlan({DEFAULT_PHASE: []}, [[]], {DEFAULT_PHASE: 0}, None)

@@ -6,6 +6,7 @@ other side of it recompiles; nothing here turns a symbol into a number that the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from gna_compile.geometry import GeometryError, Link, of_heads
 from gna_compile.graph.dynamo_frame import is_resumed, position_ids_outside
 from gna_compile.graph.functorch import stand_in
 from gna_compile.graph.pattern import HeadWindows, Windows, pattern_of, visible_pairs
+from gna_compile.graph.shown_keys import shown_keys
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, enters, hint
 from gna_compile.graph.tokens.declared import resolve
@@ -217,7 +219,8 @@ def _within_reach(site: Site, layout: Layout) -> Layout:
 def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
     if site.mask is None:
         return
-    if rule.key_mask != "global_tokens":
+    is_declared = rule.key_mask == "global_tokens"
+    if not is_declared and (site.mask_form != "sdpa" or not _shows_grids(site.mask, layout)):
         raise _Dense(Reason.MASK)
     if site.mask_form != "sdpa":
         raise _Dense(Reason.MASK, "the mask of unfused attention is an additive bias")
@@ -233,6 +236,18 @@ def _check_mask(site: Site, layout: Layout, rule: Rule) -> None:
         )
     if bool(layout.global_tokens == 0):
         raise _Dense(Reason.MASK, "there are no global tokens that the mask could hide")
+
+
+def _shows_grids(mask: torch.fx.Node, layout: Layout) -> bool:
+    """Whether a mask is proven to show all tokens of the grids, as one that hides padded text does."""
+    shown = shown_keys(mask)
+    if shown is None or len(shown) != hint(layout.tokens):
+        return False
+    return all(
+        bool(shown[hint(start) : hint(start) + hint(math.prod(grid))].all())
+        for start, grid in layout.placed
+        if isinstance(grid, tuple)
+    )
 
 
 def _agreeing(rules: Sequence[Rule]) -> Rule:

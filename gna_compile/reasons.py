@@ -19,7 +19,8 @@ class Reason(str, Enum):
 
     MASK = (
         "mask",
-        "the site has an attention mask that the policy does not declare as `key_mask: global_tokens`",
+        "the site has an attention mask that is not proven to hide padded text only, and that the policy "
+        "does not declare as `key_mask: global_tokens`",
     )
     DROPOUT = "dropout", "attention dropout is active"
     CAUSAL = (

@@ -87,6 +87,10 @@ def _replace(
         _order_with_one_batch(memory_order(original)),
     )
     output = _with_all_batches(build, build.function(operator.getitem, pair, 0), site.query)
+    if site.query_mask is not None:
+        output = build.method(
+            "masked_fill", output, build.method("logical_not", site.query_mask), 0
+        )
     _require_same_tensor(output.meta["example_value"], original)
     output.meta["example_value"] = original
     node.replace_all_uses_with(output)

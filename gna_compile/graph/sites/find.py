@@ -52,6 +52,8 @@ class Site:
         mask_form: how `mask` acts: "sdpa" (as `attn_mask`: True shows, or added), "added",
             "filled" (True hides), "selected" (condition of `where`), "several" (more than `mask`
             alone); "" without a mask. Only "sdpa" has the meaning of `attn_mask`.
+        query_mask: bool [batch or 1, 1, tokens, 1], False for queries that see no key: their rows are
+            0. It is a part of the site's mask that `mask` leaves out.
         dropout: probability with which attention weights are dropped; NaN if unknown.
         is_causal: as in `scaled_dot_product_attention`.
         modules: the modules around the site, outermost first.
@@ -89,6 +91,7 @@ class Site:
     device: torch.device
     obstacle: Decline | None
     other_calls: tuple[tuple[ModuleRef, ...], ...] = ()
+    query_mask: fx.Node | None = None
 
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:

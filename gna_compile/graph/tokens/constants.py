@@ -109,7 +109,7 @@ def fixed_values(node: fx.Node) -> torch.Tensor | None:
     Returns:
         None if its values depend on anything else, or if it is too large to be looked at.
     """
-    return _FixedEvaluation().of(node)
+    return FixedEvaluation().of(node)
 
 
 class _Evaluation:
@@ -194,7 +194,7 @@ class _Evaluation:
         return torch.device("cpu") if isinstance(item, torch.device) else item
 
 
-class _FixedEvaluation(_Evaluation):
+class FixedEvaluation(_Evaluation):
     """The values of tensors that are made of numbers alone."""
 
     kinds = (*_WHOLE, torch.float32, torch.float64, torch.float16, torch.bfloat16)
