@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gna_compile.geometry import GeometryError, Neighborhood
 from gna_compile.planner import Workload
-from gna_compile.policy import Policy, PolicyMismatch, Rule, load_policy, shipped_policies
+from gna_compile.policy import (
+    DeclaredLayout,
+    Policy,
+    PolicyMismatch,
+    Rule,
+    load_policy,
+    shipped_policies,
+)
 from gna_compile.simulate.cases import CASES, MODELS, Model
 
 
@@ -58,11 +66,20 @@ def named(target: str, given: dict[str, Any]) -> list[Entry]:
     policy = load_policy(target)
     known = MODELS.get(target)
     if known is None and policy.layout is not None:
-        layout = policy.layout
-        known = Model(layout.grid, prefix=layout.prefix or 0, suffix=layout.suffix or 0)
+        known = _of_layout(policy.layout)
     if known is None and "grid" not in given:
         raise SimulateError(f"{target} says no grid: give it one with --grid, like 30,48,80")
     return _from_policy(policy, replace(known, **given) if known else Model(**given))
+
+
+def _of_layout(layout: DeclaredLayout) -> Model:
+    """The largest grid, and all else as global tokens around it."""
+    sizes = [math.prod(s) if isinstance(s, tuple) else s for s in layout.segments]
+    place = layout.segments.index(layout.grid)
+    before, after = sum(sizes[:place]), sum(sizes[place + 1 :])
+    return Model(
+        layout.grid, prefix=before + (layout.prefix or 0), suffix=after + (layout.suffix or 0)
+    )
 
 
 def _from_policy(policy: Policy, model: Model) -> list[Entry]:
@@ -77,6 +94,9 @@ def _from_policy(policy: Policy, model: Model) -> list[Entry]:
 
 def _from_rule(rule: Rule, model: Model) -> Entry:
     name = f"rules[{rule.index}]"
+    if rule.heads:
+        spans = [f"{low}-{high}" if low < high else str(low) for low, high in rule.heads]
+        name += f" on heads {', '.join(spans)}"
     try:
         neighborhood = Neighborhood.of(
             model.grid, *rule.parameters(model.grid), model.prefix, model.suffix
