@@ -6,6 +6,7 @@ other side of it recompiles; nothing here turns a symbol into a number that the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from gna_compile.graph.functorch import stand_in
 from gna_compile.graph.pattern import HeadWindows, Windows, pattern_of, visible_pairs
 from gna_compile.graph.shown_keys import shown_keys
 from gna_compile.graph.sites.find import Site
-from gna_compile.graph.symbols import Size, enters, hint
+from gna_compile.graph.symbols import Size, enters, hint, holds
 from gna_compile.graph.tokens.declared import resolve
 from gna_compile.graph.tokens.layouts import Layout, TokenFlow
 from gna_compile.policy import DeclaredLayout, LayerFacts, Parameters, Policy, PolicyMismatch, Rule
@@ -99,6 +100,8 @@ def _decide(
         grid = layout.grid if isinstance(layout, Layout) else None
         facts_of_layer = LayerFacts(name, classes, site.tokens, grid)
         chosen = policy.rules_of_heads(facts_of_layer, site.heads, phase)
+        if any(rule is not None and rule.heads for _, rule in chosen):
+            _check_heads(site, flow)
         rules = [rule for _, rule in chosen if rule is not None]
         if not rules:
             raise _Dense(Reason.NO_RULE)
@@ -250,6 +253,21 @@ def _shows_grids(mask: torch.fx.Node, layout: Layout) -> bool:
     )
 
 
+def _check_heads(site: Site, flow: TokenFlow) -> None:
+    """Rules that name heads are for sites that are known to have all of a layer's, one by one."""
+    if bool(site.heads == 1):
+        raise _Dense(
+            Reason.HEADS,
+            "a rule names heads, but this attention has one in its shape: others may be in its batch",
+        )
+    if not flow.known(site).has_heads:
+        raise _Dense(
+            Reason.HEADS,
+            "a rule names heads, but nothing shows that dimension 1 of [batch, heads, tokens, "
+            "head_dim] has the heads of this layer, and the batch samples alone",
+        )
+
+
 def _agreeing(rules: Sequence[Rule]) -> Rule:
     """The first of the rules for the heads of one layer, which must agree on all but windows."""
     first, *others = rules
@@ -277,7 +295,15 @@ def _windows(
             groups[-1] = HeadWindows(groups[-1].heads + heads, windows)
         else:
             groups.append(HeadWindows(heads, windows))
-    if all(window is None for group in groups for window in group.windows):
+    between = _LINKS[rule.between_grids]
+    if between is Link.NONE and len(layout.grids) > 1:
+        if any(own is None or own.dense for _, own in chosen):
+            raise _Dense(
+                Reason.HEADS,
+                "`between_grids: none` holds for all heads of a layer, and some have no window: give "
+                "them a rule of their own, or leave them all",
+            )
+    elif all(window is None for group in groups for window in group.windows):
         raise _Dense(Reason.WINDOW_COVERS_GRID)
     if len(groups) > 1:
         shared = int(site.heads) // int(site.kv_heads)
@@ -288,12 +314,22 @@ def _windows(
                     f"{shared} query heads share a key head, but a group has {group.heads} heads: "
                     f"give `heads` in multiples of {shared}",
                 )
-    windows_of_all = Windows(tuple(groups), _LINKS[rule.between_grids])
+    windows_of_all = Windows(tuple(groups), between)
+    if between is Link.WINDOW:
+        _hold_lengths(layout)
     try:
         pattern_of(layout, windows_of_all)
     except GeometryError as error:
         raise _Dense(Reason.LAYOUT_MISMATCH, str(error)) from None
     return windows_of_all
+
+
+def _hold_lengths(layout: Layout) -> None:
+    """Guards which axes of two grids are equal: whether they can be aligned rests on it."""
+    for grid, other in itertools.combinations(layout.grids, 2):
+        for one, two in zip(grid, other, strict=False):
+            if not holds(one == two):
+                _ = holds(one == 1), holds(two == 1)
 
 
 _LINKS = {"full": Link.FULL, "none": Link.NONE, "aligned": Link.WINDOW}

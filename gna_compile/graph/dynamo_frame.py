@@ -83,8 +83,8 @@ def guard_root_attribute(*names: str) -> None:
     """Makes the graph being compiled valid only while the root module's `a.b...` is equal.
 
     Args:
-        names: attributes, each of the one before; the last one's value is a string, a tuple of
-            ints or None.
+        names: attributes, each of the one before; the last one's value is a string, or nested
+            tuples of ints and None.
     """
     source: Any = _torch.LocalSource("self")
     for name in names:

@@ -76,7 +76,9 @@ def _of_keys_and_queries(mask: fx.Node, site: Site) -> tuple[fx.Node, fx.Node] |
     if not isinstance(keys, fx.Node) or not isinstance(queries, fx.Node):
         return None
     root = _inserted_from(keys)
-    if root is None or root is not _inserted_from(queries) or _is_written(root):
+    if root is None or root is not _inserted_from(queries):
+        return None
+    if any(map(_is_written, (root, mask))):
         return None
     return keys, queries
 

@@ -151,8 +151,8 @@ def _key_mask(
                 build.function(
                     _torch.assert_async,
                     build.method("all", columns(start, prod(grid))),
-                    f"{site.layer or 'an attention layer'}: the policy says "
-                    "`key_mask: global_tokens`, but the mask hides tokens of the grid",
+                    f"{site.layer or 'an attention layer'}: its mask was taken for one of global "
+                    "tokens (`key_mask: global_tokens`), but it hides tokens of the grid",
                 )
     return build.method("expand", mask, sizes.node_for(site.batch), -1)
 

@@ -21,7 +21,7 @@ _MOVES = frozenset(
     {
         *("cat", "stack", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t"),
         *("unsqueeze", "squeeze", "expand", "repeat", "getitem", "narrow", "select", "contiguous"),
-        *("clone", "movedim", "chunk", "split", "unbind", "pad"),
+        *("clone", "movedim", "pad"),
     }
 )
 # More True in their operands makes more True in their result.
@@ -64,12 +64,7 @@ class _Shown(FixedEvaluation):
 
     def _depending(self, node: fx.Node) -> Any:
         tensor = tensor_of(node)
-        if tensor is None:
-            name = operator_name(node)
-            if name not in _MOVES or self.is_written(node):
-                raise Unknown
-            return self._computed(node, name, None)  # the parts of a tensor that was split
-        if not _is_static(tensor) or tensor.numel() > self.most_elements:
+        if tensor is None or not _is_static(tensor) or tensor.numel() > self.most_elements:
             raise Unknown
         value = None
         if node.op in ("call_function", "call_method") and not self.is_written(node):
@@ -82,18 +77,20 @@ class _Shown(FixedEvaluation):
     def _followed(self, node: fx.Node, tensor: torch.Tensor) -> torch.Tensor | None:
         """The result of an operator; None if nothing is known of it."""
         name = operator_name(node)
-        kinds = {
-            t.dtype == torch.bool
-            for link in node.all_input_nodes
-            if (t := tensor_of(link)) is not None
-        }
+        kinds = {t.dtype for link in node.all_input_nodes if (t := tensor_of(link)) is not None}
+        are_boolean = {kind == torch.bool for kind in kinds}
         if name in _CASTS:
             return _cast(self.value(node.all_input_nodes[0]), tensor.dtype)
-        is_boolean = kinds == {True} and tensor.dtype == torch.bool
-        of_one_kind = (
-            _OF_BOOLEANS if is_boolean else _OF_NUMBERS if kinds == {False} else frozenset()
-        )
-        if name not in of_one_kind and not (name in _MOVES and len(kinds) == 1):
+        if name in _MOVES:
+            is_known = kinds == {tensor.dtype}  # or it is seen as other numbers
+        elif are_boolean == {True}:
+            is_known = name in _OF_BOOLEANS and tensor.dtype == torch.bool
+        else:
+            # Other numbers than these two may be rounded to one of them.
+            numbers = [arg for arg in node.args if not isinstance(arg, fx.Node)]
+            is_known = are_boolean == {False} and name in _OF_NUMBERS
+            is_known &= all(type(n) in (int, float) and n in (0, 1) for n in numbers)
+        if not is_known:
             return None
         result = self._computed(node, name, tensor)
         return _plain(result) if isinstance(result, torch.Tensor) else None

@@ -80,7 +80,12 @@ def _window_conflicts(entry: RuleEntry, rule: Rule, path: KeyPath) -> Iterator[C
     yield from wrong
     if rule.layout and not wrong and rule.grid_rank in (None, len(rule.layout.grid)):
         try:
-            for place in sorted(rule.chosen_grids(rule.layout.grids)):
+            places = rule.chosen_grids(rule.layout.grids)
+        except PolicyMismatch as error:
+            yield (*path, "grids"), f"does not fit the declared layout: {error}"
+            return
+        try:
+            for place in sorted(places):
                 rule.parameters(rule.layout.grids[place])
         except PolicyMismatch as error:
             yield (*path, "window"), f"does not fit the declared layout: {error}"
@@ -118,7 +123,12 @@ def _axis_conflicts(columns: Mapping[str, Any], rank: int, path: KeyPath) -> Ite
 def _layout_conflicts(
     layout: LayoutEntry | list[SegmentEntry] | None, global_tokens: str | None, path: KeyPath
 ) -> Iterator[Conflict]:
-    if layout is None or isinstance(layout, list):
+    if layout is None:
+        return
+    if isinstance(layout, list):
+        for side, place in (("prefix", 0), ("suffix", len(layout) - 1)):
+            if global_tokens not in (None, side) and layout[place].text is not None:
+                yield (*path, "layout", place), f"contradicts `global_tokens: {global_tokens}`"
         return
     for side in ("prefix", "suffix"):
         if global_tokens not in (None, side) and getattr(layout, side):

@@ -11,6 +11,7 @@ the grid is not known.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,6 @@ _READINGS: dict[tuple[int, bool], tuple[tuple[int, ...], ...]] = {
 }
 _LARGEST_PATCH_OF_FRAMES = 8
 _NO_LATENT = re.compile(r"mask|rotary|rope|freq|bias|ids$")
-_TEXT = re.compile(r"txt|text|prompt|token|input")
 _SIZE = re.compile(r"frames|height|width|size|shape|grid|resolution|thw|hw$")
 
 
@@ -221,6 +221,12 @@ class Watch:
         now = _as_declared(sight.segments or (), declared)
         if now is None or (declared not in self._named and now != declared):
             return None, f"which does not fit {sight.words}"
+        if any(
+            declared[i] == declared[j] and now[i] != now[j]
+            for i, j in itertools.combinations(range(len(now)), 2)
+        ):
+            # Which comes first could not be seen as long as they were equal.
+            return None, f"whose order does not follow from {sight.words}"
         self._named.add(declared)
         return now, ""
 
@@ -255,8 +261,6 @@ class Watch:
         found: list[tuple[Piece, ...]] = []
         for name, value, _ in inputs:
             if isinstance(value, torch.Tensor) and may_be_ids(name, value):
-                if name != IDS and _TEXT.search(name):
-                    continue
                 pieces = self._ids.setdefault(name, SeenIds()).pieces((value, None))
                 if name == IDS or images_in(pieces):
                     found.append(pieces if inner_pieces(pieces) == pieces else ())
@@ -308,8 +312,9 @@ def _sights(
 def _named_sight(name: str, words: str, segments: Segments, patch: Grid | None = None) -> Sight:
     """Of inputs that name the grids themselves."""
     first = segments[0]
-    if len(segments) > 1 or not isinstance(first, tuple):
+    if len(segments) > 1:
         return Sight(name, words, segments=segments)
+    assert isinstance(first, tuple)
     return Sight(name, words, {name: (first, ())}, patch, segments)
 
 

@@ -82,7 +82,7 @@ def packed_grid_of(
 
 def _segments_of_ids(shown: Layout | Decline) -> tuple[Size | tuple[Size, ...], ...] | None:
     """From the first grid to the last, if position ids show them."""
-    if not isinstance(shown, Layout) or not shown.ids:
+    if not isinstance(shown, Layout) or not shown.is_by_ids:
         return None
     places = [i for i, segment in enumerate(shown.segments) if isinstance(segment, tuple)]
     return shown.segments[places[0] : places[-1] + 1]

@@ -55,7 +55,7 @@ class IdsCheck:
 
     Attributes:
         tables: the position of each, and its rows; None for all of them.
-        pieces: as `pieces_of` has them, with sizes that enter the graph.
+        pieces: as `ReadIds` has them, with sizes that enter the graph.
     """
 
     tables: tuple[tuple[int, tuple[int, int] | None], ...]
@@ -170,7 +170,7 @@ class CheckedAgainstIds:
         log.warning(
             "position ids describe %s, the graph was compiled for %s; using dense attention%s",
             words_of_pieces(shown) if images_in(shown) else "no grid",
-            words_of_pieces(pieces),
+            words_of_pieces(pieces) if pieces else "text",
             " (the next call uses the grid of the ids)"
             if prepared
             else ". Call gna_compile.prepare(model, policy) before torch.compile to recompile "
@@ -180,6 +180,8 @@ class CheckedAgainstIds:
 
 def _alike(shown: Sequence[Piece], pieces: Sequence[Any]) -> bool:
     """Whether ids show these pieces; leading axes of length 1 are none of theirs."""
+    if not pieces:
+        return bool(shown) and not images_in(shown)
     return len(shown) == len(pieces) and all(
         same_grid(ours, theirs)
         if isinstance(ours, tuple) and isinstance(theirs, tuple)

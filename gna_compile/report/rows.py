@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gna_compile.decision import Decision
+from gna_compile.geometry import Link
 from gna_compile.graph.pattern import Windows
 from gna_compile.graph.symbols import hint
 from gna_compile.graph.tokens.layouts import Layout
@@ -28,7 +29,7 @@ class Row:
         decision: "gna" or "dense".
         window, stride, dilation, causal: e.g. "4x4x4", "" if dense; "4x4 + full" on two grids,
             "0-7: 4x4; 8-11: full" for groups of heads.
-        between_grids: what grids see of each other, "" if dense: "full", "none" or "window".
+        between_grids: what grids see of each other, "" if dense: "full", "none" or "aligned".
         flop_share: share of dense attention's FLOPs that is kept, None if dense.
         predicted_speedup: over dense attention; None if dense, or if nothing was measured.
         provider: what will run it.
@@ -80,13 +81,16 @@ def row_of(phase: str, decision: Decision) -> Row:
         stride=_on_heads(windows, lambda p: _times(p.stride)),
         dilation=_on_heads(windows, lambda p: _times(p.dilation)),
         causal=_on_heads(windows, lambda p: " ".join("causal" if c else "-" for c in p.causal)),
-        between_grids=windows.between_grids.name.lower() if windows else "",
+        between_grids=_BETWEEN[windows.between_grids] if windows else "",
         flop_share=decision.flop_share if decision.is_rewritten else None,
         predicted_speedup=decision.predicted_speedup if decision.is_rewritten else None,
         provider=decision.provider,
         reason=decision.reason.value if decision.reason else "",
         detail=decision.detail,
     )
+
+
+_BETWEEN = {Link.FULL: "full", Link.NONE: "none", Link.WINDOW: "aligned"}
 
 
 def _on_heads(windows: Windows | None, text: Callable[[Parameters], str]) -> str:

@@ -225,7 +225,11 @@ def test_yaml_bomb_is_refused_at_once(yaml_errors) -> None:  # type: ignore[no-u
         ({"window": 3, "between_grids": "half"}, "between_grids"),
         ({"dense": True, "grids": "first"}, "grids"),
         ({"window": 9, "layout": [{"grid": [16, 16]}, {"grid": [4, 4]}]}, "window"),
-        ({"window": 3, "grids": 2, "layout": [{"grid": [4, 4]}, {"grid": [4, 4]}]}, "window"),
+        ({"window": 3, "grids": 2, "layout": [{"grid": [4, 4]}, {"grid": [4, 4]}]}, "grids"),
+        (
+            {"window": 3, "layout": [{"grid": [4, 4]}, {"text": 2}], "global_tokens": "prefix"},
+            "layout[1]",
+        ),
         ({"window": 5, "layout": {"grid": [4, 8]}}, "window"),
         ({"window": [2, 2], "layout": {"grid": [4, 4, 8]}}, "window"),
         ({"window": 3, "global_tokens": "front"}, "global_tokens"),

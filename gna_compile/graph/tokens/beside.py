@@ -17,7 +17,6 @@ from gna_compile.graph.tokens.position_ids import (
     images_in,
     name_of,
     one_grid,
-    pieces_of,
     pieces_together,
     tokens_of,
 )
@@ -32,25 +31,34 @@ def shown_beside(
     run: Run, order: Order, start: int, stop: int, beside: Sequence[Lines]
 ) -> tuple[Run, ...]:
     """The run with the grid that something beside its tokens shows; the runs, if it is several."""
-    found = {read for lines in beside if (read := read_ids(lines, start, stop)) is not None}
-    ids = next((node for read in found for node, _ in read.tables), None)
+    reads = [read_ids(lines, start, stop) for lines in beside]
+    found = list(dict.fromkeys(read for read in reads if read is not None))
+    ids = next((lines.source.node for lines in beside if lines.source.values is not None), None)
     if len({read.pieces for read in found}) > 1:
         return (replace(run, doubt="position ids of the same tokens differ", ids=ids),)
     if any(is_partly_placed(lines, start, stop) for lines in beside):
-        return (replace(run, doubt="position ids are of other tokens, too"),)
-    for read in found:
+        # All rows in their order, or some of them.
+        is_own = any(
+            lines.source.values is not None and covers(lines, start, stop) for lines in beside
+        )
+        doubt = NO_IMAGE if is_own else "position ids are of other tokens, too"
+        return (replace(run, doubt=doubt, ids=ids),)
+    if found:
+        read, *also = found
+        run = replace(run, ids=ids, also=tuple(also))
         if not images_in(read.pieces):
-            return (replace(run, doubt=NO_IMAGE, ids=ids, read=read if read.pieces else None),)
+            text, *rest = (replace(other, pieces=()) for other in found)
+            return (replace(run, doubt=NO_IMAGE, read=text, also=tuple(rest)),)
         why = f"values of {name_of(read.tables[0][0])}"
         image = one_grid(read.pieces)
         if image is not None:
-            return (replace(run, grid=image, axes=image, why=why, ids=ids, read=read),)
+            return (replace(run, grid=image, axes=image, why=why, read=read),)
         if sum(tokens_of(piece) for piece in read.pieces) != run.size:
-            return (replace(run, doubt="position ids are those of other sizes", ids=ids),)
+            return (replace(run, doubt="position ids are those of other sizes"),)
         return tuple(
-            replace(run, size=tokens_of(piece), grid=piece, axes=piece, why=why, ids=ids, read=read)
+            replace(run, size=tokens_of(piece), grid=piece, axes=piece, why=why, read=read)
             if isinstance(piece, tuple)
-            else replace(run, size=piece, axes=(piece,), ids=ids, read=read)
+            else replace(run, size=piece, axes=(piece,), read=read)
             for piece in read.pieces
         )
     return (_shown_by_tables(run, order, start, stop, beside),)
@@ -72,13 +80,41 @@ def read_ids(lines: Lines, start: int, stop: int) -> ReadIds | None:
     first, count = int(part[0, 0]), lines.source.extents[axis]
     if first <= NONE or not (part == first + np.arange(stop - start)).all():
         return None
-    if (first, stop - start) == (0, count):
-        return ReadIds(((node, None),), pieces_of(values))
-    if values.shape[-2] != count:
+    rows = None if (first, stop - start) == (0, count) else (first, first + stop - start)
+    if rows is not None and values.shape[-2] != count:
         return None  # the values are those of other sizes
-    rows = first, first + stop - start
     pieces = pieces_together([(values, rows)])
     return ReadIds(((node, rows),), pieces) if pieces else None
+
+
+def covers(lines: Lines, start: int, stop: int) -> bool:
+    """Whether the tokens of a run have all rows of position ids, one after another."""
+    patterns = lines.axes[len(lines.source.extents) - 2]
+    if len(patterns) != 1 or patterns[0].shape[1] == 1:
+        return False
+    part = patterns[0][:, start:stop]
+    count = lines.source.extents[len(lines.source.extents) - 2]
+    return stop - start == count and bool((part == np.arange(count)).all())
+
+
+def on_a_plane(beside: Sequence[Lines], start: int, stop: int) -> bool:
+    """Whether tables tell the tokens of a run apart on more than one axis, in whatever order.
+
+    tokens              x0  x1  x2  x3  x4  x5
+    channels 0 .. 7      0   0   1   1   0   0     two rows, twice
+    channels 8 .. 15     0   1   0   1   2   3     four columns: more places than either counts
+    """
+    vectors = []
+    for lines in beside:
+        if lines.source.kind in ("table", "input") and lines.source.values is None:
+            patterns = (p for axis in lines.axes for p in axis if p.shape[1] > 1)
+            vectors += [p[0, start:stop] for p in patterns if _counts(p[:, start:stop])]
+    # One that counts all tokens one by one, as that of text does, is no axis of a plane.
+    vectors = [vector for vector in vectors if len(np.unique(np.diff(vector))) > 1]
+    if len(vectors) < 2:
+        return False
+    places = np.stack(vectors)
+    return len(np.unique(places, axis=1).T) > max(len(np.unique(row)) for row in places)
 
 
 def is_replaced(lines: Lines) -> bool:
@@ -93,7 +129,7 @@ def _shown_by_tables(run: Run, order: Order, start: int, stop: int, beside: Sequ
     # Of a lattice of several axes the tokens are a line.
     is_flat = own is not None and not any(a for i, a in enumerate(own.axes) if i not in (0, axis))
     if is_flat and order.source.kind != "opaque":
-        grid = _grid_of_tables(beside, start, stop)
+        grid = grid_of_tables(beside, start, stop)
         if grid is not None:
             shown[grid] = "graph: a table of positions"
         if run.size == order.source.extents[axis]:
@@ -116,7 +152,7 @@ def is_partly_placed(lines: Lines, start: int, stop: int) -> bool:
     )
 
 
-def _grid_of_tables(beside: Sequence[Lines], start: int, stop: int) -> tuple[int, ...] | None:
+def grid_of_tables(beside: Sequence[Lines], start: int, stop: int) -> tuple[int, ...] | None:
     """The grid that counted positions show: rows in one table, columns in another.
 
     tokens              x0  x1  x2  x3  x4  x5

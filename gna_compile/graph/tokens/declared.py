@@ -10,7 +10,7 @@ from typing import Protocol
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, hint, holds, is_known
 from gna_compile.graph.tokens.layouts import Layout, Segment, TokenFlow, sum_of, words_of
-from gna_compile.graph.tokens.position_ids import ReadIds, name_of
+from gna_compile.graph.tokens.position_ids import ReadIds, images_in, name_of
 from gna_compile.graph.tokens.reading import times
 from gna_compile.reasons import Decline, Reason
 
@@ -67,17 +67,17 @@ def resolve(
             Reason.LAYOUT_MISMATCH,
             f"declared is {ours.words}, the graph shows {shown.words} ({shown.source})",
         )
-    return replace(ours, ids=_with_sizes(shown.ids, ours), indices=shown.indices)
+    ids = _with_sizes(shown.ids, ours)
+    return ids if isinstance(ids, Decline) else replace(ours, ids=ids, indices=shown.indices)
 
 
 def _is_same(shown: Layout, ours: Layout) -> bool:
     """Whether two layouts are one. What ids show is checked at every call, so it holds no symbols."""
-    pairs = list(zip(shown.segments, ours.segments, strict=False))
     if len(shown.segments) != len(ours.segments):
         return False
-    for segment, other in pairs:
+    for segment, other in zip(shown.segments, ours.segments, strict=True):
         if isinstance(segment, tuple) and isinstance(other, tuple):
-            wanted = tuple(map(hint, other)) if shown.ids else other
+            wanted = tuple(map(hint, other)) if shown.is_by_ids else other
             if not same_grid(segment, wanted):
                 return False
         elif isinstance(segment, tuple) or isinstance(other, tuple) or not holds(segment == other):
@@ -85,18 +85,22 @@ def _is_same(shown: Layout, ours: Layout) -> bool:
     return True
 
 
-def _with_sizes(ids: Sequence[ReadIds], layout: Layout) -> tuple[ReadIds, ...]:
+def _with_sizes(ids: Sequence[ReadIds], layout: Layout) -> tuple[ReadIds, ...] | Decline:
     """What ids have to show at each call, with the layout's own sizes, which may be symbolic."""
-    grids = iter(layout.grids)
-    return tuple(
-        replace(
-            read,
-            pieces=tuple(
-                next(grids) if isinstance(piece, tuple) else piece for piece in read.pieces
-            ),
-        )
-        for read in ids
-    )
+    sizes = [size for grid in layout.grids for size in grid]
+    if all(isinstance(size, int) for size in sizes):
+        return tuple(ids)
+    found = []
+    for read in ids:
+        images = images_in(read.pieces)
+        if images and len(images) != len(layout.grids):
+            return Decline(
+                Reason.LAYOUT_UNKNOWN, "position ids show some of the declared grids, and not all"
+            )
+        grids = iter(layout.grids)
+        pieces = (next(grids) if isinstance(piece, tuple) else piece for piece in read.pieces)
+        found.append(replace(read, pieces=tuple(pieces)))
+    return tuple(found)
 
 
 def _contradiction(
@@ -193,12 +197,11 @@ def _placed(
 def _around(segments: Sequence[Segment], tokens: Size) -> tuple[Size, Size] | None:
     """Tokens before and after the one run, or the runs, that have as many tokens as declared."""
     sizes = [segment.size for segment in segments]
-    single = [(i, i + 1) for i, size in enumerate(sizes) if holds(size == tokens)]
-    spans = single or [
-        (i, j)
-        for i in range(len(sizes))
-        for j in range(i + 2, len(sizes) + 1)
-        if holds(sum_of(sizes[i:j]) == tokens)
+    spans = [
+        (first, stop)
+        for first in range(len(sizes))
+        for stop in range(first + 1, len(sizes) + 1)
+        if holds(sum_of(sizes[first:stop]) == tokens)
     ]
     if len(spans) != 1:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -22,7 +22,7 @@ from gna_compile import _torch
 from gna_compile.graph.nodes import tensor_of
 from gna_compile.graph.sites.find import Site
 from gna_compile.graph.symbols import Size, hint, holds
-from gna_compile.graph.tokens.position_ids import ReadIds
+from gna_compile.graph.tokens.position_ids import ReadIds, images_in
 from gna_compile.graph.tokens.reading import Reading, Relation, Run, read, times
 from gna_compile.graph.tokens.sizes import Sizes, generic_point, matching, pin, symbolic_sizes
 from gna_compile.graph.tokens.walk import Operands, Walk
@@ -77,8 +77,18 @@ class Layout:
 
     @property
     def grid(self) -> tuple[Size, ...]:
-        """The only grid, or the largest of several, the first of equal ones."""
-        return max(self.grids, key=lambda grid: hint(prod(grid)))
+        """The only grid, or the largest of several, the first of equal ones.
+
+        Guards which one that is, if they have other numbers of axes.
+        """
+        best, *others = self.grids
+        for grid in others:
+            if len(grid) == len(best):
+                is_larger = hint(prod(grid)) > hint(prod(best))
+            else:
+                is_larger = holds(prod(grid) > prod(best))
+            best = grid if is_larger else best
+        return best
 
     @property
     def placed(self) -> tuple[tuple[Size, Size | tuple[Size, ...]], ...]:
@@ -104,6 +114,11 @@ class Layout:
     @property
     def global_tokens(self) -> Size:
         return sum_of([segment for segment in self.segments if not isinstance(segment, tuple)])
+
+    @property
+    def is_by_ids(self) -> bool:
+        """Whether position ids gave grids, which are checked at every call."""
+        return any(images_in(read.pieces) for read in self.ids)
 
     @property
     def words(self) -> str:
@@ -141,12 +156,14 @@ class Known:
         segments: what the tokens are, in order.
         doubt: why nothing is known of them.
         is_general: it holds for all sizes that the graph serves; else only for the example's.
+        has_heads: dimension -3 of the operands is proven to be that of all heads.
     """
 
     relation: Relation
     segments: tuple[Segment, ...] = ()
     doubt: str = ""
     is_general: bool = True
+    has_heads: bool = False
 
 
 class TokenFlow:
@@ -252,7 +269,7 @@ class TokenFlow:
         return Layout(
             _joined(known.segments),
             " and ".join(dict.fromkeys(segment.run.why for segment in grids)),
-            tuple(dict.fromkeys(s.run.read for s in grids if s.run.read is not None)),
+            tuple(dict.fromkeys(r for s in known.segments for r in (s.run.read, *s.run.also) if r)),
             self.indices,
         )
 
@@ -315,13 +332,14 @@ class _Following:
         here = self._readings_of(site, self._here, with_tables)
         if any(not _same_structure(here[0], other) for other in here[1:]):
             return Known("unknown", doubt="calls of one subgraph have different layouts")
+        segments, has_heads = tuple(map(_as_it_is, here[0].runs)), all(r.has_heads for r in here)
         if not self._symbols:
-            return Known(here[0].relation, tuple(map(_as_it_is, here[0].runs)))
+            return Known(here[0].relation, segments, has_heads=has_heads)
         there = self._readings_of(site, self._elsewhere, with_tables)
         general = self._generalized(here, there)
         if general is not None:
-            return general
-        return Known(here[0].relation, tuple(map(_as_it_is, here[0].runs)), is_general=False)
+            return replace(general, has_heads=has_heads and all(r.has_heads for r in there))
+        return Known(here[0].relation, segments, is_general=False, has_heads=has_heads)
 
     def _readings_of(
         self, site: tuple[int, fx.Node], sizes: Sizes, with_tables: bool
@@ -396,15 +414,15 @@ def _same_kind(one: Run, other: Run) -> bool:
         and bool(one.disorder) == bool(other.disorder)
         and bool(one.doubt) == bool(other.doubt)
         and one.ids is other.ids
-        and one.read == other.read
+        and (one.read, one.also) == (other.read, other.also)
         and one.why.split(":")[0] == other.why.split(":")[0]
     )
 
 
 def _same_structure(one: Reading, other: Reading) -> bool:
     return one.relation == other.relation and [
-        (r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids, r.read) for r in one.runs
-    ] == [(r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids, r.read) for r in other.runs]
+        (r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids, r.read, r.also) for r in one.runs
+    ] == [(r.size, r.grid, r.axes, r.disorder, r.doubt, r.ids, r.read, r.also) for r in other.runs]
 
 
 def words_of(segment: Segment) -> str:

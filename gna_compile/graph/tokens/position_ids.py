@@ -38,7 +38,7 @@ class ReadIds:
     Attributes:
         tables: the graph's inputs that are their ids one after another, and of each the rows from
             the first to before the last; None for all of them, however many.
-        pieces: what `pieces_of` makes of them together.
+        pieces: what `pieces_of` makes of them together; () if that is text of any length.
     """
 
     tables: tuple[tuple[fx.Node, tuple[int, int] | None], ...]
@@ -48,7 +48,7 @@ class ReadIds:
 def pieces_of(ids: torch.Tensor) -> tuple[Piece, ...]:
     """What tokens with these position ids are, in order: images, and tokens off any image.
 
-    Columns are (t, h, w) or (t, h, w, l). The first and the last one tell images apart (a model for
+    Columns are (t, h, w) or (t, h, w, l). t, and l where there is one, tell images apart (a model for
     image editing gives its reference images other values), so they are no axes: a new image begins
     where they change.
 
@@ -65,7 +65,8 @@ def pieces_of(ids: torch.Tensor) -> tuple[Piece, ...]:
             whole batch. Copied to the host once.
 
     Returns:
-        The pieces, neighboring ones off images as one; () if some tokens are anything else.
+        The pieces, neighboring ones off images as one; () if some tokens are anything else, or if
+        two images have the same t and l.
     """
     table = _table_of(ids)
     if table is None:
@@ -73,12 +74,17 @@ def pieces_of(ids: torch.Tensor) -> tuple[Piece, ...]:
     apart = table[:, [0, *range(3, table.shape[1])]]
     starts = (apart[1:] != apart[:-1]).any(1).nonzero().flatten() + 1
     pieces: list[Piece] = []
+    images: set[tuple[float, ...]] = set()
     is_off = torch.ones(len(table), dtype=torch.bool)
     for start, stop in pairwise([0, *starts.tolist(), len(table)]):
         if stop - start > 1:
             rows, columns = table[start:stop, 1], table[start:stop, 2]
             image = _raster(rows, columns)
             if image is not None and min(image) > 1:
+                name = tuple(apart[start].tolist())
+                if name in images:
+                    return ()  # two parts of one image, it may be
+                images.add(name)
                 pieces.append(image)
                 is_off[start:stop] = False
                 continue
@@ -128,7 +134,7 @@ def _table_of(ids: torch.Tensor) -> torch.Tensor | None:
 
 def are_places(ids: torch.Tensor) -> bool:
     """Whether position ids tell tokens apart on a plane, and do not merely enumerate them."""
-    return _is_plane(ids.reshape(-1, ids.shape[-1])[:, 1:3])
+    return _is_plane(ids.detach().to(torch.float64).reshape(-1, ids.shape[-1])[:, 1:3])
 
 
 def _is_plane(places: torch.Tensor) -> bool:
@@ -138,7 +144,7 @@ def _is_plane(places: torch.Tensor) -> bool:
 
 def counting_columns(ids: torch.Tensor) -> frozenset[int]:
     """The columns of position ids that tell tokens apart."""
-    table = ids.detach().flatten(0, -2)
+    table = ids.detach().to(torch.float64).flatten(0, -2)
     return frozenset(i for i in range(table.shape[-1]) if bool((table[:, i] != table[0, i]).any()))
 
 
@@ -213,25 +219,28 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[list[torch.Tensor], tuple[Piece, ...]] | None = None
+        self._seen: tuple[list[Table], tuple[Piece, ...]] | None = None
 
     def pieces(self, *tables: Table) -> tuple[Piece, ...]:
         """As `pieces_together`."""
         if any(isinstance(table, _torch.FakeTensor) or table.is_meta for table, _ in tables):
             return ()
         seen = self._seen
-        if seen is None or not all(map(same_content, seen[0], (table for table, _ in tables))):
+        if seen is None or not _are_same(seen[0], tables):
             with torch.no_grad():
-                copies = [table.detach().clone() for table, _ in tables]
+                copies: list[Table] = [(table.detach().clone(), rows) for table, rows in tables]
             # Of the copies, which nothing else can change in between.
-            shown = pieces_together(
-                [(copy, rows) for copy, (_, rows) in zip(copies, tables, strict=True)]
-            )
-            self._seen = seen = copies, shown
+            self._seen = seen = copies, pieces_together(copies)
         return seen[1]
 
     def __reduce__(self) -> Any:
         return SeenIds, ()
+
+
+def _are_same(seen: Sequence[Table], tables: Sequence[Table]) -> bool:
+    return [rows for _, rows in seen] == [rows for _, rows in tables] and all(
+        same_content(copy, table) for (copy, _), (table, _) in zip(seen, tables, strict=True)
+    )
 
 
 def same_content(copy: torch.Tensor, ids: torch.Tensor) -> bool:

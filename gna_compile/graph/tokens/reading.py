@@ -19,7 +19,9 @@ from gna_compile.graph.tokens.beside import (
     MAX_AXES,
     NO_IMAGE,
     fits,
+    grid_of_tables,
     is_partly_placed,
+    on_a_plane,
     read_ids,
     shown_beside,
 )
@@ -49,17 +51,39 @@ class Reading:
 
     relation: Relation
     runs: tuple[Run, ...] = ()
+    has_heads: bool = False
+    """Whether dimension -3 is proven to tell heads apart, and all of them."""
 
 
 def read(query: Tokens, key: Tokens, value: Tokens) -> Reading:
     """Reads the operands [.., heads, tokens, head_dim] of an attention."""
+    if any(0 in tokens.shape for tokens in (query, key, value)):
+        return Reading("unknown")
     # A dimension of heads may as well hold frames or windows: then it is part of the batch.
     are_rows = any(map(heads_are_rows, (query, key, value)))
     if are_rows and len({tokens.shape[:-2] for tokens in (query, key, value)}) > 1:
         return Reading("unknown")
     q, k, v = (rows_of(tokens, are_rows) for tokens in (query, key, value))
     relation = relation_of(q, k, v, query, key)
-    return Reading(relation, tuple(_runs(q, v)) if relation != "cross" else ())
+    if relation == "cross":
+        return Reading(relation)
+    has_heads = len(query.shape) == 4 and not are_rows and _are_samples(v, value.shape[0])
+    return Reading(relation, tuple(_runs(q, v)), has_heads)
+
+
+def _are_samples(v: Rows, count: int) -> bool:
+    """Whether no two rows of the batch are the same tokens, as they are where heads are folded into it."""
+    if count == 1:
+        return True
+    patterns = [
+        np.broadcast_to(pattern.reshape(pattern.shape[0], -1)[:, :1], (count, 1))
+        for lines in v.values()
+        if is_own(lines)
+        for axis in lines.axes
+        for pattern in axis
+        if pattern.shape[0] in (1, count)
+    ]
+    return bool(patterns) and len(np.unique(np.hstack(patterns), axis=0)) == count
 
 
 def _runs(q: Rows, v: Rows) -> list[Run]:
@@ -72,7 +96,13 @@ def _runs(q: Rows, v: Rows) -> list[Run]:
     shapes = [(run.size, run.grid, run.axes) for run in first]
     if any([(run.size, run.grid, run.axes) for run in runs] != shapes for runs in others):
         return [Run(sum(run.size for run in first), doubt="rows of the batch lie differently")]
-    return first
+    return [_with_reads(run, [runs[i] for runs in others]) for i, run in enumerate(first)]
+
+
+def _with_reads(run: Run, others: Sequence[Run]) -> Run:
+    """A run with what ids show of the same tokens in other rows of the batch."""
+    reads = [read for other in others for read in (other.read, *other.also) if read is not None]
+    return replace(run, also=(*run.also, *reads))
 
 
 def _groups_of_rows(v: Rows) -> list[npt.NDArray[np.int64]]:
@@ -142,46 +172,74 @@ def _runs_of(q: Rows, v: Rows) -> Iterator[Run]:
         found, source = _run(start, stop, main, parts, q, v, present)
         runs += [(run, source) for run in found]
     cuts = [0, *accumulate(run.size for run, _ in runs)]
-    yield from _doubted(runs, cuts, own, present, q)
+    # What turns queries and keys alone says where the tokens are.
+    turning = {source: lines for source, lines in q.items() if lines.varies() and source not in v}
+    yield from _doubted(runs, cuts, own, present, q, turning)
 
 
 def _with_joined_ids(
     runs: Sequence[tuple[Run, Source | None]], q: Rows
 ) -> list[tuple[Run, Source | None]]:
-    """The runs, where neighbors that ids place on images are so by their ids together, too.
+    """The runs, where ids that place tokens on images do so together, too, and not only one by one.
 
-    One image may lie in two runs, of tokens of different origins.
+    One image may lie in several runs: of tokens of different origins, or with text in between.
     """
     values = {source.node: source.values for source in q if source.values is not None}
-    found = list(runs)
-    for i, ((before, _), (after, _)) in enumerate(pairwise(runs)):
-        one, other = found[i][0].read, after.read
-        if not (before.grid and after.grid and one and other) or one is other:
-            continue
-        both = ReadIds((*one.tables, *other.tables), (*one.pieces, *other.pieces))
-        tables = [(values[node], rows) for node, rows in both.tables]
-        agree = pieces_together(tables) == both.pieces
-        for j, (run, main) in enumerate(found):
-            if run.read is one or run.read is other:
-                doubt = "" if agree else "one image lies in tokens of several origins"
-                grid = run.grid if agree else None
-                found[j] = replace(run, grid=grid, read=both, doubt=run.doubt or doubt), main
+    reads = list(
+        dict.fromkeys(run.read for run, _ in runs if run.read and images_in(run.read.pieces))
+    )
+    if len(reads) < 2:
+        return list(runs)
+    tables = tuple(table for read in reads for table in read.tables)
+    both = ReadIds(tables, tuple(piece for read in reads for piece in read.pieces))
+    shown = pieces_together([(values[node], rows) for node, rows in tables])
+    agree = images_in(shown) == images_in(both.pieces)
+    both = replace(both, pieces=shown)
+    found = []
+    for run, main in runs:
+        if run.read in reads and agree:
+            run = replace(run, read=both)
+        elif run.read in reads:
+            doubt = run.doubt or "one image may lie in tokens of several origins"
+            run = replace(run, grid=None, read=None, doubt=doubt)
+        found.append((run, main))
     return found
 
 
 def _one_lattice_once(
-    runs: Sequence[tuple[Run, Source | None]],
+    runs: Sequence[tuple[Run, Source | None]], cuts: Sequence[int], turning: Rows
 ) -> list[tuple[Run, Source | None]]:
-    """The runs, in doubt where one lattice is two grids, with nothing between them."""
+    """The runs, in doubt where two grids may be parts of one.
+
+    They may if they are of one lattice, unless each is a whole slice of it (the frames of a video
+    with special tokens between them), or if one table places both on one raster.
+    """
     found = list(runs)
-    for i, ((before, main), (after, other)) in enumerate(pairwise(runs)):
-        if not (before.grid and after.grid and main and other) or before.read or after.read:
-            continue
-        if main.whole is other.whole:
-            doubt = f"cells of `{main.name}` are two grids side by side"
-            for j in (i, i + 1):
-                found[j] = replace(runs[j][0], grid=None, doubt=doubt), runs[j][1]
+    beside = [*turning.values()]
+    for i, (before, main) in enumerate(runs):
+        for j, (after, other) in enumerate(runs[i + 1 :], i + 1):
+            if not (before.grid and after.grid and main and other) or before.read or after.read:
+                continue
+            doubt = ""
+            if main.whole is other.whole and (j == i + 1 or not _are_slices(main, before, after)):
+                doubt = f"cells of `{main.name}` are two grids"
+            elif j == i + 1 and grid_of_tables(beside, cuts[i], cuts[j + 1]) is not None:
+                doubt = "a table of positions places both grids on one"
+            if doubt:
+                for place in (i, j):
+                    run, source = found[place]
+                    found[place] = replace(run, grid=None, doubt=run.doubt or doubt), source
     return found
+
+
+def _are_slices(source: Source, *runs: Run) -> bool:
+    """Whether each run has the whole of the source's last axes of space, as a frame of a video has."""
+    space = sorted(source.spatial - {source.channels})
+    return all(
+        len(space) > len(run.axes)
+        and run.axes == tuple(source.extents[axis] for axis in space[-len(run.axes) :])
+        for run in runs
+    )
 
 
 def _doubted(
@@ -190,6 +248,7 @@ def _doubted(
     own: Sequence[Lines],
     present: dict[Source, npt.NDArray[np.int8]],
     q: Rows,
+    turning: Rows,
 ) -> Iterator[Run]:
     """The runs, in doubt where what lies beside a grid may be no global tokens.
 
@@ -197,7 +256,7 @@ def _doubted(
     is beside the other grids, too: then none is left.
     """
     why = "tokens beside the grid are cells of a lattice, too"
-    side_by_side = _one_lattice_once(_with_joined_ids(runs, q))
+    side_by_side = _one_lattice_once(_with_joined_ids(runs, q), cuts, turning)
     found = [run for run, _ in side_by_side]
     for i, (run, main) in enumerate(side_by_side):
         for j, (other, _) in enumerate(side_by_side):
@@ -212,7 +271,7 @@ def _doubted(
                 or is_lattice(line)
                 or _goes_back(line, cuts[j], cuts[j + 1])
                 for line in there
-            ) or (other.read is None and _has_placed_ids(q, cuts, j)):
+            ) or _is_placed(q, turning, cuts, j, other):
                 found[i] = replace(run, grid=None, doubt=why)
     is_lost = any(
         before.grid and not run.grid for run, (before, _) in zip(found, runs, strict=True)
@@ -227,10 +286,12 @@ def _goes_back(lines: Lines, start: int, stop: int) -> bool:
     return any(bool(((np.diff(p) < 0) & (p[:, 1:] > NONE)).any()) for p in parts)
 
 
-def _has_placed_ids(q: Rows, cuts: Sequence[int], run: int) -> bool:
-    """Whether position ids of some tokens of a run put them on a plane."""
-    here = slice(cuts[run], cuts[run + 1])
-    return any(
+def _is_placed(q: Rows, turning: Rows, cuts: Sequence[int], place: int, run: Run) -> bool:
+    """Whether position ids or tables put some tokens of a run on a plane."""
+    here = slice(cuts[place], cuts[place + 1])
+    if on_a_plane([*turning.values()], here.start, here.stop):
+        return True
+    return run.read is None and any(
         is_plane(source) and lines.varies() and bool(presence(lines, cuts[-1])[here].any())
         for source, lines in q.items()
     )

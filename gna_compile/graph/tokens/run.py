@@ -21,7 +21,8 @@ class Run:
             () if they are off any lattice, or not in order.
         why: what is shown of the grid, and by what.
         ids: the graph's input of position ids that are theirs.
-        read: what position ids showed of them, if that is how their grid is known.
+        read: what position ids showed of them and their neighbors.
+        also: what other ids showed of the same tokens, or of other rows of the batch.
         disorder: what is known to be wrong with their order.
         doubt: what is not known of them.
         has_tokens: some source's tokens stand behind them; else they are the same for any input.
@@ -33,6 +34,7 @@ class Run:
     why: str = ""
     ids: fx.Node | None = None
     read: ReadIds | None = None
+    also: tuple[ReadIds, ...] = ()
     disorder: str = ""
     doubt: str = ""
     has_tokens: bool = False
