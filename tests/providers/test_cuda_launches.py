@@ -12,6 +12,7 @@ import pattern_oracle
 import patterns
 import pytest
 import torch
+from kernel_problems import TOLERANCE, deviation
 from torch import Tensor
 
 from gna_compile.geometry import (
@@ -25,12 +26,19 @@ from gna_compile.geometry import (
     Window,
     canonical,
     default_links,
+    encode,
 )
-from gna_compile.planner import dense_plan, plan
+from gna_compile.planner import ARCHITECTURES, dense_plan, plan
 from gna_compile.planner.architectures import SM90
 from gna_compile.providers import Problem
 from gna_compile.providers.cuda.launches import NO_LAUNCHES, Launch, key_masks, launches_of
-from gna_compile.providers.cuda.provider import NativeCuda, forecast, workloads_of
+from gna_compile.providers.cuda.library import library
+from gna_compile.providers.cuda.provider import (
+    NativeCuda,
+    current_capability,
+    forecast,
+    workloads_of,
+)
 
 TEXT, IMAGE, WINDOW = GlobalTokens(5), GridTokens((4, 6)), Window((2, 3))
 
@@ -42,29 +50,33 @@ def of(segments: tuple[Segment, ...], *windows: Window | None, heads: int = 2) -
     )
 
 
-def draw(seed: int) -> AttentionPattern:
-    """Text and grids in any order, some grids full, some equal; in one of the forms it can have."""
+def draw(seed: int, longest: tuple[int, int, int] = (20, 6, 3), text: int = 9) -> AttentionPattern:
+    """Text and grids in any order, some grids full, some equal.
+
+    Args:
+        seed: of what is random.
+        longest: axis of a grid of one, two and three axes.
+        text: the most tokens of a segment off the grids.
+    """
     rng = random.Random(seed)
     segments: list[Segment] = []
     windows: list[Window | None] = []
     while not windows or rng.random() < 0.7:
         if rng.random() < 0.6:
-            segments.append(GlobalTokens(rng.randint(0, 9)))
+            segments.append(GlobalTokens(rng.randint(0, text)))
         if windows and rng.random() < 0.3:
             segments.append(next(s for s in segments if isinstance(s, GridTokens)))
             windows.append(windows[0])
             continue
         rank = rng.randint(1, 3)
-        grid = GridTokens(tuple(rng.randint(1, {1: 20, 2: 6, 3: 3}[rank]) for _ in range(rank)))
+        grid = GridTokens(tuple(rng.randint(1, longest[rank - 1]) for _ in range(rank)))
         segments.append(grid)
         windows.append(
             None if rng.random() < 0.25 else patterns._window(rng, grid.grid, rng.random() / 2)
         )
     if rng.random() < 0.5:
-        segments.append(GlobalTokens(rng.randint(0, 9)))
-    pattern = of(tuple(segments), *windows, heads=1)
-    form = rng.randrange(3)
-    return [pattern, canonical(pattern), patterns.split(pattern, seed)][form]
+        segments.append(GlobalTokens(rng.randint(0, text)))
+    return of(tuple(segments), *windows, heads=1)
 
 
 def written(launch: Launch, tile: int) -> Tensor:
@@ -132,6 +144,7 @@ def check(pattern: AttentionPattern, launches: tuple[Launch, ...], seed: int) ->
 def test_launches_write_what_the_pattern_asks_for(block: int) -> None:
     for seed in range(60 * block, 60 * block + 60):
         pattern = draw(seed)
+        pattern = [pattern, canonical(pattern), patterns.split(pattern, seed)][seed % 3]
         launches = launches_of(pattern)
         assert launches is not None
         check(pattern, launches, seed)
@@ -249,3 +262,152 @@ def test_the_forecast_adds_up_the_launches() -> None:
     assert found is not None
     assert found == dense / (plans[0].milliseconds + plans[1].milliseconds)
     assert 1 < found < 1 / asked.pattern.flop_share
+
+
+# On a GPU ----------------------------------------------------------------------------------------
+
+NATIVE = [
+    name
+    for name, architecture in ARCHITECTURES.items()
+    if library(name) is not None and current_capability() in architecture.capabilities
+]
+needs_kernel = pytest.mark.skipif(not NATIVE, reason="needs a GPU that a CUDA kernel runs on")
+FORWARD = torch.ops.gna.attention.v2
+
+
+def visible_on_gpu(pattern: AttentionPattern) -> Tensor:
+    """Bool [1, tokens, tokens], of a pattern as `of` makes it."""
+    seen = torch.ones(pattern.query_tokens, pattern.key_tokens, dtype=torch.bool)
+    windows = iter(pattern.head_groups[0].windows)
+    start = 0
+    for segment in pattern.queries:
+        stop = start + segment.tokens
+        window = next(windows) if isinstance(segment, GridTokens) else None
+        if window is not None:
+            assert isinstance(segment, GridTokens)
+            seen[start:stop, start:stop] = oracle.mask(
+                segment.grid, window.window, window.stride, window.dilation, window.causal
+            )
+        start = stop
+    return seen.cuda()[None]
+
+
+class OnGpu:
+    """A pattern with inputs for it, of several hundred tokens a grid."""
+
+    def __init__(self, seed: int) -> None:
+        rng = random.Random(seed)
+        self.pattern = draw(seed, longest=(700, 28, 9), text=300)
+        self.kv_heads = rng.choice([1, 2])
+        (group,) = self.pattern.head_groups
+        heads = self.kv_heads * rng.choice([1, 2, 3])
+        self.pattern = self.pattern.of_group(replace(group, heads=heads))
+        self.dtype = rng.choice(list(TOLERANCE))
+        self.batch, self.head_dim = rng.choice([1, 2]), rng.choice([64, 128, 40])
+        self.is_transposed = rng.random() < 0.5
+        self.generator = torch.Generator("cuda").manual_seed(seed)
+        self.query = self.tensor(heads)
+        self.key, self.value = self.tensor(self.kv_heads), self.tensor(self.kv_heads)
+        self.key_mask = None
+        # A mask takes a grid with a window, and canonical patterns have no window that hides nothing.
+        links = canonical(self.pattern).links
+        if any(Link.WINDOW in row for row in links) and rng.random() < 0.5:
+            sizes = self.batch, self.pattern.global_keys
+            self.key_mask = torch.rand(sizes, generator=self.generator, device="cuda") < 0.6
+
+    def tensor(self, heads: int) -> Tensor:
+        tokens = self.pattern.key_tokens
+        outer = (tokens, heads) if self.is_transposed else (heads, tokens)
+        sizes = self.batch, *outer, self.head_dim
+        made = torch.randn(sizes, generator=self.generator, device="cuda").to(self.dtype)
+        return made.transpose(1, 2) if self.is_transposed else made
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        ints, order = encode(self.pattern), [0, 1, 2, 3]
+        inputs = self.query, self.key, self.value
+        results: tuple[Tensor, Tensor] = FORWARD(
+            *inputs, ints, self.key_mask, 0.2, order, NATIVE[0]
+        )
+        return results
+
+    def check(self, output: Tensor, logsumexp: Tensor) -> None:
+        expected = pattern_oracle.attention(
+            self.query,
+            self.key,
+            self.value.nan_to_num(0),
+            pattern=self.pattern,
+            key_mask=self.key_mask,
+            scale=0.2,
+            seen=visible_on_gpu(self.pattern).expand(self.pattern.heads, -1, -1),
+        )
+        of_output, of_logsumexp = TOLERANCE[self.dtype]
+        assert deviation(output, expected[0]) < of_output, self.pattern
+        finite = expected[1].isfinite()
+        assert torch.equal(finite, logsumexp.isfinite()), self.pattern
+        errors = (logsumexp - expected[1])[finite].abs()
+        assert float(errors.max()) < of_logsumexp, self.pattern
+
+
+@needs_kernel
+@pytest.mark.parametrize("block", range(8))
+def test_several_grids_on_a_gpu(block: int) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    try:
+        for seed in range(12 * block, 12 * block + 12):
+            problem = OnGpu(seed)
+            problem.check(*problem.run())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def with_mask(seed: int) -> OnGpu:
+    """The first problem from a seed on that has a key mask which hides something."""
+    while True:
+        problem = OnGpu(seed)
+        if problem.key_mask is not None and not problem.key_mask.all():
+            return problem
+        seed += 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("seed", [200, 300, 400])
+def test_hidden_keys_of_several_grids_may_hold_anything(seed: int) -> None:
+    """Each launch then runs its fallback."""
+    problem = with_mask(seed)
+    assert problem.key_mask is not None
+    tokens = torch.tensor(pattern_oracle.global_keys(problem.pattern), device="cuda")
+    for batch, shown in enumerate(problem.key_mask):
+        problem.value[batch, :, tokens[~shown]] = torch.nan
+    problem.check(*problem.run())
+
+
+@needs_kernel
+def test_several_grids_in_a_cuda_graph() -> None:
+    problem = with_mask(500)
+    assert problem.key_mask is not None
+    problem.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = problem.run()
+    for x in (problem.query, problem.key, problem.value):
+        x.normal_()
+    problem.key_mask.logical_not_()
+    graph.replay()
+    problem.check(*results)
+
+
+@needs_kernel
+def test_gradients_of_several_grids() -> None:
+    pattern = of((GlobalTokens(40), GridTokens((16, 20)), GridTokens((12, 12))), WINDOW, WINDOW)
+    inputs = [
+        torch.randn(1, 2, pattern.key_tokens, 64, device="cuda").bfloat16().requires_grad_()
+        for _ in range(3)
+    ]
+    output, _ = FORWARD(*inputs, encode(pattern), None, 0.125, [0, 1, 2, 3], NATIVE[0])
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    seen = visible_on_gpu(pattern).expand(2, -1, -1)
+    expected, _ = pattern_oracle.attention(*exact, pattern=pattern, scale=0.125, seen=seen)
+    given = torch.randn_like(expected)
+    actual = torch.autograd.grad(output, inputs, given.to(output.dtype))
+    for gradient, right in zip(actual, torch.autograd.grad(expected, exact, given), strict=True):
+        assert deviation(gradient, right) < 2e-2
