@@ -114,7 +114,8 @@ class NativeCuda:
         assert loaded is not None
         launches = _launches(problem, self.name)
         assert not isinstance(launches, str)
-        # Copies, if any, must outlive the launch: until then their memory could be handed out again.
+        # Copies and masks, if any, must outlive the launches: until then their memory could be handed
+        # out again.
         query, key, value = _aligned(query), _aligned(key), _aligned(value)
         output = written = results.output
         strides = output.stride()
