@@ -44,14 +44,17 @@ typedef struct {
   int32_t head_dim;               /* a multiple of 8 up to 128 */
   int32_t axis_count;             /* 1 .. 3; the grid lies in raster order, last axis fastest */
   gna_cuda_axis axes[3];
-  int32_t prefix, suffix;  /* global tokens before and after the grid */
+  int32_t prefix, suffix; /* global tokens before and after the grid */
+  /* Which of their rows to compute, counted over prefix, then suffix: 0 <= begin <= end <= prefix +
+   * suffix. Query tiles are computed whole, so rows of global tokens beside these may be written too. */
+  int32_t global_begin, global_end;
   const uint8_t* key_mask; /* [batch, prefix + suffix], 0 masks a global key; may be null */
   int64_t key_mask_batch_stride, key_mask_token_stride;
   float scale; /* positive */
 } gna_cuda_problem;
 
 /* Counts the changes of this interface. */
-enum { GNA_CUDA_API_VERSION = 1 };
+enum { GNA_CUDA_API_VERSION = 2 };
 
 #ifdef __cplusplus
 extern "C" {

@@ -201,6 +201,12 @@ std::string broken_rule(const gna_cuda_problem& plain) {
     return is("axis_count", plain.axis_count) + "not 1 to 3";
   if (plain.prefix < 0) return is("prefix", plain.prefix) + "negative";
   if (plain.suffix < 0) return is("suffix", plain.suffix) + "negative";
+  const int64_t global_tokens = static_cast<int64_t>(plain.prefix) + plain.suffix;
+  if (plain.global_end < 0 || plain.global_end > global_tokens)
+    return is("global_end", plain.global_end) + "not 0 to " + std::to_string(global_tokens);
+  if (plain.global_begin < 0 || plain.global_begin > plain.global_end)
+    return is("global_begin", plain.global_begin) + "not 0 to global_end, which is " +
+           std::to_string(plain.global_end);
   if (!(plain.scale > 0)) return "scale is " + std::to_string(plain.scale) + ", not positive";
   return "";
 }
@@ -373,8 +379,9 @@ int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query, const g
     if (const char* reason = declines(plain.batch, heads, static_cast<int32_t>(tokens), *tensor))
       return fail(GNA_CUDA_BAD_ARGUMENT, std::string(name) + ": " + reason);
   }
+  const Range global_tiles = global_query_tiles(problem, {plain.global_begin, plain.global_end});
   const int64_t tiles =
-      static_cast<int64_t>(grid_query_tiles(problem)) + global_query_tiles(problem);
+      static_cast<int64_t>(grid_query_tiles(problem)) + global_tiles.end - global_tiles.begin;
   const int64_t work = tiles * plain.batch * plain.heads;
   if (work > INT32_MAX / 2)
     return fail(GNA_CUDA_BAD_ARGUMENT,
@@ -420,6 +427,7 @@ int32_t run(const gna_cuda_problem& plain, const gna_cuda_tensor& query, const g
   parameters.key_mask_batch_stride = plain.key_mask_batch_stride;
   parameters.key_mask_token_stride = plain.key_mask_token_stride;
   parameters.minor = device.minor;
+  parameters.global_tiles = global_tiles;
   static std::atomic<uint32_t> launches;
   while ((parameters.launch = ++launches) == 0) {
   }

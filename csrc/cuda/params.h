@@ -40,8 +40,9 @@ struct Params {
   float* logsumexp;
   const uint8_t* key_mask;  // [batch, prefix + suffix], or null
   int64_t key_mask_batch_stride, key_mask_token_stride;
-  uint32_t launch;  // its number, not 0
-  int32_t minor;    // of the device's compute capability
+  uint32_t launch;     // its number, not 0
+  int32_t minor;       // of the device's compute capability
+  Range global_tiles;  // the query tiles of global tokens that are computed
 };
 
 }  // namespace gna::cuda

@@ -98,12 +98,14 @@ __device__ __forceinline__ bool make_work_tile(const Params& params, WorkTileInf
 }
 
 // One warp: produces all query tiles of this block. Those of global tokens of all heads, which are the
-// longest, come first. The grid's follow head by head, so that keys stay in the L2 cache.
+// longest, come first: as many as `params.global_tiles` says. The grid's follow head by head, so that keys
+// stay in the L2 cache.
 template <int stages, int log2_tile_m>
 __device__ __forceinline__ void schedule_work_tiles(const Params& params,
                                                     WorkTileInfo<log2_tile_m>* work_tiles,
                                                     const Pipeline<stages>& pipeline) {
-  const int globals = global_query_tiles(params.problem);
+  const int globals = params.global_tiles.end - params.global_tiles.begin;
+  const int first_of_grid = global_query_tiles(params.problem);
   const int grids = grid_query_tiles(params.problem);
   const int heads = params.batch * params.heads;
   PipelineState<stages> state;
@@ -111,7 +113,8 @@ __device__ __forceinline__ void schedule_work_tiles(const Params& params,
     const bool global = index < globals * heads;
     const int place = global ? index : index - globals * heads;
     const int head = place / (global ? globals : grids);
-    const int tile = place - head * (global ? globals : grids) + (global ? 0 : globals);
+    const int tile = place - head * (global ? globals : grids) +
+                     (global ? params.global_tiles.begin : first_of_grid);
     pipeline.producer_acquire(state);
     if (!make_work_tile(params, work_tiles[state.index()], head, tile)) continue;
     if (threadIdx.x % 32 == 0) pipeline.producer_commit(state);

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -28,6 +29,8 @@ from gna_compile.providers import (
 )
 
 _Rows = TypeVar("_Rows", Forward, OutputGradients)
+
+_of_heads = lru_cache(maxsize=1024)(of_heads)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def _part(
         heads=group.heads,
         kv_heads=key[:, key_heads].shape[1] if key_heads else key.shape[1],
         head_dim=query.shape[3],
-        pattern=of_heads(pattern, group),
+        pattern=_of_heads(pattern, group),
         has_key_mask=key_mask is not None,
         query_strides=query.stride(),
         key_strides=key.stride(),

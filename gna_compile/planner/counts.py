@@ -268,14 +268,23 @@ def _products(axes: Sequence[frozenset[tuple[int, int]]]) -> list[tuple[int, int
 
 
 def global_counts(
-    neighborhood: Neighborhood, query_tile: int, key_box: Box, key_mask: bool = False
+    neighborhood: Neighborhood,
+    query_tile: int,
+    key_box: Box,
+    key_mask: bool = False,
+    queries: range | None = None,
 ) -> Counts:
     """Counts over the query tiles of global tokens, `query_tile` tokens each: they see everything.
 
     Such a tile walks the whole grid (every dilation group) in key boxes from the grid's corner on.
+    Only tiles that hold some of `queries` count, which are counted over prefix, then suffix; None is
+    all.
     """
     _check(neighborhood, key_box, "key box")
-    tiles = sum(-(-part // query_tile) for part in (neighborhood.prefix, neighborhood.suffix))
+    tokens = range(neighborhood.global_tokens)
+    parts = tokens[: neighborhood.prefix], tokens[neighborhood.prefix :]
+    rows = tokens if queries is None else queries
+    tiles = sum(_tiles_of(rows, part, query_tile) for part in parts)
     visited, full = global_key_tiles(neighborhood, math.prod(key_box))
     full = 0 if key_mask else full
     all_tiles, whole_tiles = 1, 1
@@ -287,6 +296,13 @@ def global_counts(
         visited = full = 0
     partial = visited - full
     return Counts.of(tiles, *((tiles * count, count) for count in (visited, full, partial)))
+
+
+def _tiles_of(tokens: range, part: range, extent: int) -> int:
+    """Tiles that hold some of the tokens, of those that a part is cut into from its start on."""
+    start = max(tokens.start, part.start) - part.start
+    stop = min(tokens.stop, part.stop) - part.start
+    return -(-stop // extent) - start // extent if start < stop else 0
 
 
 def global_key_tiles(neighborhood: Neighborhood, extent: int) -> tuple[int, int]:

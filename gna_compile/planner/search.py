@@ -35,9 +35,11 @@ class Workload:
         head_dim: elements of a head.
         element_bytes: bytes of one element of query, key and value.
         key_mask: global keys may be hidden.
+        global_queries: the global tokens whose rows are computed, counted over prefix, then suffix;
+            None for all.
 
     Raises:
-        PlanError: if a size is below 1.
+        PlanError: if a size is below 1, or there are no such global tokens.
     """
 
     neighborhood: Neighborhood
@@ -45,11 +47,15 @@ class Workload:
     head_dim: int = 128
     element_bytes: int = 2
     key_mask: bool = False
+    global_queries: range | None = None
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_dim", "element_bytes"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} {getattr(self, name)} must be at least 1")
+        rows, every = self.global_queries, range(self.neighborhood.global_tokens)
+        if rows is not None and rows != every[rows.start : rows.stop]:
+            raise PlanError(f"global_queries {rows} must be a run of the global tokens {every}")
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,9 @@ def _with(
 ) -> Plan:
     neighborhood, key_mask = workload.neighborhood, workload.key_mask
     grid = grid_counts(neighborhood, query_box, key_box, tiling, key_mask)
-    rows = global_counts(neighborhood, math.prod(query_box), key_box, key_mask)
+    rows = global_counts(
+        neighborhood, math.prod(query_box), key_box, key_mask, workload.global_queries
+    )
     time = _launch(workload, architecture, math.prod(query_box), key_box).milliseconds(
         grid.query_tiles + rows.query_tiles,
         grid.visited.sum + rows.visited.sum,
@@ -200,7 +208,7 @@ def _cheapest(
         (
             box,
             _launch(workload, architecture, query_tile, box),
-            global_counts(neighborhood, query_tile, box, key_mask),
+            global_counts(neighborhood, query_tile, box, key_mask, workload.global_queries),
         )
         for box in _fitting(neighborhood.axes, key_tile, architecture)
     ]

@@ -9,10 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gna_compile.geometry import AttentionPattern, Neighborhood
-
-MANY_SEGMENTS = "takes one grid with global tokens around it, and queries that are the keys' tokens"
-"""Why a provider declines a pattern that is no `Neighborhood`."""
+from gna_compile.geometry import AttentionPattern
 
 
 @dataclass(frozen=True)
@@ -44,21 +41,6 @@ class Problem:
     query_strides: tuple[int, ...]
     key_strides: tuple[int, ...]
     value_strides: tuple[int, ...]
-
-    @property
-    def is_one_grid(self) -> bool:
-        """Whether it is one grid with global tokens around it, which a key mask covers."""
-        found = self.pattern.neighborhood
-        if found is None:
-            return False
-        return not self.has_key_mask or found.global_tokens == self.pattern.global_keys
-
-    @property
-    def neighborhood(self) -> Neighborhood:
-        """The pattern as one grid with global tokens around it; only where `is_one_grid`."""
-        neighborhood = self.pattern.neighborhood
-        assert neighborhood is not None
-        return neighborhood
 
     @cached_property
     def _hash(self) -> int:

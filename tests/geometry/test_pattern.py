@@ -122,7 +122,7 @@ def test_a_neighborhood_is_found_again(seed: int) -> None:
                 visible = pattern_oracle.visible(again)
                 assert torch.equal(visible, pattern_oracle.visible(form.of_group(group)))
                 columns = pattern_oracle.global_keys(again), pattern_oracle.global_keys(form)
-                # `Problem.is_one_grid` asks for as many columns before a key mask is passed on.
+                # A CUDA launch must have as many columns before a key mask is passed on as it is.
                 assert columns[0] == columns[1] or len(columns[0]) != len(columns[1])
 
 

@@ -173,9 +173,12 @@ def test_grid_counts(
     check(counts.grid_counts(neighborhood, query, key, tiling, key_mask), rows)
 
 
-@given(problems(), st.integers(1, 8), st.booleans())
+@given(problems(), st.integers(1, 8), st.booleans(), st.data())
 def test_global_counts(
-    problem: tuple[Neighborhood, tuple[int, ...], tuple[int, ...]], query_tile: int, key_mask: bool
+    problem: tuple[Neighborhood, tuple[int, ...], tuple[int, ...]],
+    query_tile: int,
+    key_mask: bool,
+    data: st.DataObject,
 ) -> None:
     neighborhood, _, key = problem
     every, unmasked = global_tiles(neighborhood, math.prod(key), key_mask)
@@ -183,6 +186,13 @@ def test_global_counts(
     row = len(tiles) + every, sum(len(tile) == math.prod(key) for tile in tiles) + unmasked
     queries, _ = global_tiles(neighborhood, query_tile, key_mask)
     check(counts.global_counts(neighborhood, query_tile, key, key_mask), [row] * queries)
+    place = st.integers(0, neighborhood.global_tokens)
+    asked = range(*sorted((data.draw(place), data.draw(place))))
+    # The tile of each row that is asked for: its part, and its place in the part.
+    prefix = neighborhood.prefix
+    touched = {(at >= prefix, (at if at < prefix else at - prefix) // query_tile) for at in asked}
+    found = counts.global_counts(neighborhood, query_tile, key, key_mask, asked)
+    check(found, [row] * len(touched))
 
 
 # Long axes --------------------------------------------------------------------------------------
@@ -369,6 +379,10 @@ def test_planning_needs_no_torch() -> None:
         ),
         (lambda w: replace(w, heads=0), "heads 0 must be at least 1"),
         (lambda w: replace(w, head_dim=-1), "head_dim -1 must be at least 1"),
+        (
+            lambda w: replace(w, global_queries=range(2, 10**6)),
+            r"global_queries range\(2, 1000000\) must be a run of the global tokens range\(0, ",
+        ),
         (lambda w: Neighborhood.of((8, 8), (9, 1)), r"axis 0 of grid \(8, 8\): window 9"),
         (
             lambda w: Neighborhood.of((8, 8), (4, 4), (4, 5)),

@@ -39,7 +39,7 @@ HUNYUAN = Neighborhood.of((30, 48, 80), (18, 24, 24), (1, 8, 8), suffix=256)
 
 def test_each_provider_is_predicted_by_what_it_does() -> None:
     asked = problem(HUNYUAN, "cuda", has_key_mask=True)
-    workload = cuda.workload_of(asked)
+    (workload,) = cuda.workloads_of(asked)
     assert (workload.heads, workload.head_dim, workload.element_bytes) == (24, 128, 2)
     assert workload.key_mask
     for name in ("sm90", "sm100"):

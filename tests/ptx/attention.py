@@ -57,6 +57,9 @@ class Attention:
     seed: int = 0
     layout: str = "BSHD"
     minor: int | None = None  # of the compute capability, if not the architecture's first
+    global_queries: range | None = (
+        None  # whose rows are asked for, over prefix, then suffix; or all
+    )
     poison: dict[str, list[tuple[tuple[int, ...], float]]] = field(default_factory=dict)
 
     @property
@@ -67,6 +70,24 @@ class Attention:
     @property
     def tokens(self) -> int:
         return self.prefix + math.prod(axis[0] for axis in self.axes) + self.suffix
+
+    @property
+    def asked(self) -> range:
+        """The global queries whose rows are asked for."""
+        every = range(self.prefix + self.suffix)
+        return every if self.global_queries is None else self.global_queries
+
+    @property
+    def written(self) -> Tensor:
+        """Bool [tokens]: rows of the grid, and of each tile of global queries that some are asked of."""
+        tile = 1 << sum(axis[5] for axis in self.axes)
+        rows = torch.zeros(self.prefix + self.suffix, dtype=torch.bool)
+        rows[self.asked.start : self.asked.stop] = True
+        prefix, suffix = rows.split([self.prefix, self.suffix])
+        for run in (*prefix.split(tile), *suffix.split(tile)):
+            run.fill_(bool(run.any()))
+        grid = torch.ones(self.tokens - len(rows), dtype=torch.bool)
+        return torch.cat([prefix, grid, suffix])
 
     def _empty(self, heads: int) -> tuple[Tensor, Tensor]:
         """NaN in this problem's layout, and in it the [B, H, N, D] that are to be used."""
@@ -126,6 +147,8 @@ class Attention:
             (GridAxis * 3)(*[GridAxis(*map(int, axis)) for axis in self.axes]),
             self.prefix,
             self.suffix,
+            self.asked.start,
+            self.asked.stop,
         )
         native.scale = self.head_dim**-0.5 if self.scale is None else self.scale
         if key_mask is not None:
@@ -146,7 +169,7 @@ class Attention:
     def expected(self) -> tuple[Tensor, Tensor]:
         query, key, value, key_mask = self.inputs()
         visible = oracle.mask(**self.geometry, prefix=self.prefix, suffix=self.suffix)
-        return oracle.attention(
+        output, logsumexp = oracle.attention(
             query,
             key,
             value,
@@ -155,6 +178,9 @@ class Attention:
             scale=self.scale,
             prefix=self.prefix,
         )
+        output[:, :, ~self.written] = torch.nan
+        logsumexp[:, :, ~self.written] = torch.nan
+        return output, logsumexp
 
     def check(self, name: str, **how: Any) -> interpreter.Counts:
         """Runs the kernel and compares; fails if it is not right to the tolerance of hardware."""
@@ -205,7 +231,7 @@ def random_attention(seed: int, name: str) -> Attention:
         axes.append((length, window, stride, dilation, rng.random() < 0.2, query_box, key_box))
     kv_heads = rng.choice([1, 1, 2])
     prefix, suffix = (rng.choice([0, 0, rng.randint(1, 5), rng.randint(1, 150)]) for _ in range(2))
-    return Attention(
+    attention = Attention(
         axes,
         batch=rng.choice([1, 1, 2]),
         heads=kv_heads * rng.choice([1, 1, 2]),
@@ -220,3 +246,7 @@ def random_attention(seed: int, name: str) -> Attention:
         layout=rng.choice(["BSHD", "BHSD", "SBHD"]),
         minor=rng.choice([0, 3]) if name == "sm100" else None,
     )
+    if rng.random() < 0.3:
+        start, stop = sorted(rng.randint(0, prefix + suffix) for _ in range(2))
+        attention.global_queries = range(start, stop)
+    return attention

@@ -68,6 +68,15 @@ def _globals(kernel: str) -> Attention:
     return Attention(axes, prefix=3, suffix=2, masks_keys=True)
 
 
+def _some_globals(kernel: str) -> Attention:
+    """Of the query tiles of global tokens, the first and the last are not asked for."""
+    tile = 256 if kernel == "sm100" else 128
+    axes = [(8, 5, 1, 1, False, 4 if kernel == "sm100" else 3, 3), (16, 9, 1, 1, False, 4, 4)]
+    attention = Attention(axes, prefix=2 * tile + 44, suffix=tile + 20, batch=2)
+    attention.global_queries = range(tile + 2, attention.prefix + 1)
+    return attention
+
+
 def _long(kernel: str) -> Attention:
     """Causal, so that halves of a query tile skip key tiles; scores that grow."""
     return Attention([(700, 400, 1, 1, True, 8 if kernel == "sm100" else 7, 7)], scale=3.0)
@@ -94,6 +103,7 @@ PROBLEMS: dict[str, Callable[[str], Attention]] = {
     "plain": _plain,
     "wide": _wide,
     "globals": _globals,
+    "some globals": _some_globals,
     "long": _long,
     "skewed": _skewed,
     "steep": _steep,
@@ -373,6 +383,27 @@ MUTATIONS = [
         HOST,
         "grid.lengths[a] = axis.length;",
         "grid.lengths[a] = axis.length + (a == 1);",
+    ),
+    _sm90(
+        "the range of global queries ends one early",
+        HOST,
+        "{plain.global_begin, plain.global_end}",
+        "{plain.global_begin, plain.global_end - 1}",
+        problem="some globals",
+    ),
+    _sm90(
+        "the tiles of global queries start with the first",
+        SHARED + "tile_scheduler.cuh",
+        "(global ? params.global_tiles.begin : first_of_grid)",
+        "(global ? 0 : first_of_grid)",
+        problem="some globals",
+    ),
+    _sm90(
+        "the grid's tiles follow those of the global queries that are asked for",
+        SHARED + "tile_scheduler.cuh",
+        "(global ? params.global_tiles.begin : first_of_grid)",
+        "(global ? params.global_tiles.begin : globals)",
+        problem="some globals",
     ),
     _sm90(
         "two query tiles store the same rows",

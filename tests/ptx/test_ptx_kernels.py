@@ -52,6 +52,21 @@ def test_only_what_demands_it_is_done_again(kernel: str, problem: str) -> None:
     assert twice == (once if is_steep else 2 * once)
 
 
+@pytest.mark.parametrize("poisoned", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_only_global_queries_that_are_asked_for_are_computed(kernel: str, poisoned: bool) -> None:
+    """By tiles, those of the fallback included: all other rows stay what they were."""
+    attention = PROBLEMS["some globals"](kernel)
+    if poisoned:
+        attention.poison["value"] = [((0, 0, attention.tokens // 2, 0), math.nan)]
+    end = attention.prefix + attention.suffix
+    for number, asked in enumerate(
+        [attention.global_queries, range(0), range(end - 1, end), range(1)]
+    ):
+        attention.global_queries = asked
+        attention.check(kernel, schedule=number, multiprocessors=1 + number % 3)
+
+
 class Jump(Attention):
     """Values that later, larger scores must make vanish, whatever their size."""
 
@@ -151,6 +166,13 @@ def test_the_host_names_the_value_and_the_rule() -> None:
     smaller = Attention([(20, 9, 1, 1, False, 3, 3), (24, 17, 1, 1, False, 4, 3)])
     with pytest.raises(interpreter.PtxError, match=r"key boxes hold 2\^6 tokens, not 2\^7"):
         smaller.run("sm90")
+    beyond = Attention([(300, 9, 1, 1, False, 7, 7)], prefix=3, suffix=4)
+    beyond.global_queries = range(5, 8)
+    with pytest.raises(interpreter.PtxError, match="global_end is 8, not 0 to 7"):
+        beyond.run("sm90")
+    beyond.global_queries = range(6, 5)
+    with pytest.raises(interpreter.PtxError, match="global_begin is 6, not 0 to global_end, which"):
+        beyond.run("sm90")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

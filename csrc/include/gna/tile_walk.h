@@ -53,6 +53,20 @@ GNA_HD constexpr int32_t global_query_tiles(const Problem& problem) {
          tiles_of(problem.suffix, problem.log2_query_tile);
 }
 
+// The query tile of a global token, counted over prefix, then suffix.
+GNA_HD constexpr int32_t global_query_tile(const Problem& problem, int32_t token) {
+  return token < problem.prefix
+             ? token >> problem.log2_query_tile
+             : tiles_of(problem.prefix, problem.log2_query_tile) +
+                   ((token - problem.prefix) >> problem.log2_query_tile);
+}
+
+// The query tiles that hold a range of global tokens.
+GNA_HD constexpr Range global_query_tiles(const Problem& problem, Range tokens) {
+  if (tokens.begin >= tokens.end) return {0, 0};
+  return {global_query_tile(problem, tokens.begin), global_query_tile(problem, tokens.end - 1) + 1};
+}
+
 GNA_HD constexpr int32_t grid_query_tiles(const Problem& problem) {
   return problem.axes[0].query_tiles * problem.axes[1].query_tiles * problem.axes[2].query_tiles;
 }

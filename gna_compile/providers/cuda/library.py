@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 BF16, FP16 = 1, 2
-API_VERSION = 1
+API_VERSION = 2
 
 
 class TensorView(Structure):
@@ -55,6 +55,8 @@ class NativeProblem(Structure):
         ("axes", GridAxis * 3),
         ("prefix", c_int32),
         ("suffix", c_int32),
+        ("global_begin", c_int32),
+        ("global_end", c_int32),
         ("key_mask", c_void_p),
         ("key_mask_batch_stride", c_int64),
         ("key_mask_token_stride", c_int64),

@@ -5,7 +5,6 @@ Forward only: gradients are FlexAttention's, or the portable provider's where it
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import byref
 from functools import lru_cache
 
@@ -22,6 +21,12 @@ from gna_compile.planner import (
     speedups,
 )
 from gna_compile.providers.cuda import first_use
+from gna_compile.providers.cuda.launches import (
+    NO_LAUNCHES,
+    Launch,
+    key_masks,
+    launches_of,
+)
 from gna_compile.providers.cuda.library import (
     BF16,
     FP16,
@@ -34,7 +39,6 @@ from gna_compile.providers.cuda.library import (
 from gna_compile.providers.flex.provider import Flex
 from gna_compile.providers.portable.provider import Portable
 from gna_compile.providers.problem import (
-    MANY_SEGMENTS,
     Forecast,
     Forward,
     Gradients,
@@ -81,16 +85,13 @@ class NativeCuda:
 
     def declines(self, problem: Problem) -> str | None:
         """Why no device could run `problem` with this kernel, or None if one could."""
-        if not problem.is_one_grid:
-            return MANY_SEGMENTS
         if problem.dtype not in _TYPES:
             return f"takes bf16 and fp16, not {problem.dtype}"
         if problem.head_dim not in _HEAD_DIMS:
             return f"head_dim {problem.head_dim} is not a multiple of 8 up to {_HEAD_DIMS[-1]}"
-        try:
-            _boxes(problem, self.name)
-        except PlanError as error:
-            return str(error)
+        launches = _launches(problem, self.name)
+        if isinstance(launches, str):
+            return launches
         tensors = (
             ("query", problem.heads, problem.query_strides),
             ("key", problem.kv_heads, problem.key_strides),
@@ -111,20 +112,18 @@ class NativeCuda:
             query, scale = -query, -scale
         loaded = library(self.name)
         assert loaded is not None
-        native = NativeProblem.from_buffer_copy(_native_problem(problem, self.name))
-        native.scale = max(scale, _SMALLEST_SCALE)
-        if key_mask is not None and key_mask.numel():
-            native.key_mask = key_mask.data_ptr()
-            native.key_mask_batch_stride, native.key_mask_token_stride = key_mask.stride()
-        # Copies, if any, must outlive the launch: until then their memory could be handed out again.
+        launches = _launches(problem, self.name)
+        assert not isinstance(launches, str)
+        # Copies and masks, if any, must outlive the launches: until then their memory could be handed
+        # out again.
         query, key, value = _aligned(query), _aligned(key), _aligned(value)
         output = written = results.output
         strides = output.stride()
         is_writable = strides == query.stride() or _is_writable(self.name, problem, strides)
         if output.data_ptr() % _ALIGNMENT or not is_writable:
             written = torch.empty_like(query)
-        arguments = (
-            native,
+        masks = key_masks(problem.pattern, [launch for launch, _ in launches], key_mask)
+        tensors = (
             _view(query),
             _view(key),
             _view(value),
@@ -132,13 +131,19 @@ class NativeCuda:
             results.logsumexp.data_ptr(),
         )
         device = query.device.index
-        if device == torch.cuda.current_device():
-            code = loaded.forward(*arguments, _stream(device))
-        else:
-            with torch.cuda.device(device):
-                code = loaded.forward(*arguments, _stream(device))
-        if code != 0:
-            raise RuntimeError(f"{self.name}: {loaded.message().decode()}; {problem}")
+        for (_, constants), mask in zip(launches, masks, strict=True):
+            native = NativeProblem.from_buffer_copy(constants)
+            native.scale = max(scale, _SMALLEST_SCALE)
+            if mask is not None:
+                native.key_mask = mask.data_ptr()
+                native.key_mask_batch_stride, native.key_mask_token_stride = mask.stride()
+            if device == torch.cuda.current_device():
+                code = loaded.forward(native, *tensors, _stream(device))
+            else:
+                with torch.cuda.device(device):
+                    code = loaded.forward(native, *tensors, _stream(device))
+            if code != 0:
+                raise RuntimeError(f"{self.name}: {loaded.message().decode()}; {problem}")
         if written is not output:
             output.copy_(written)
 
@@ -158,18 +163,27 @@ class NativeCuda:
 
 def forecast(problem: Problem, architecture: str) -> Forecast:
     """What the planner says of `problem` on an architecture of its cost table."""
-    workload = workload_of(problem)
-    stride = better_stride(workload, architecture)
+    workloads = workloads_of(problem)
+    plans = [plan(workload, architecture) for workload in workloads]
+    dense = speedups(plans[0]).dense_milliseconds
     hint = ""
-    if stride is not None:
-        hint = f"hint: with stride {'x'.join(map(str, stride))} no key tile would need a mask"
-    return Forecast(speedups(plan(workload, architecture)).predicted, hint)
+    if len(workloads) == 1:
+        stride = better_stride(workloads[0], architecture)
+        if stride is not None:
+            hint = f"hint: with stride {'x'.join(map(str, stride))} no key tile would need a mask"
+    return Forecast(dense / sum(cut.milliseconds for cut in plans), hint)
 
 
-def workload_of(problem: Problem) -> Workload:
-    """What the planner needs of a problem."""
+def workloads_of(problem: Problem) -> list[Workload]:
+    """What the planner needs of a problem that the kernel takes: each launch."""
+    launches = launches_of(problem.pattern)
+    assert launches is not None
+    return [_workload(problem, launch) for launch in launches]
+
+
+def _workload(problem: Problem, launch: Launch) -> Workload:
     return Workload(
-        problem.neighborhood.merged,
+        launch.neighborhood.merged,
         heads=problem.batch * problem.heads,
         # The kernels also compute the columns up to the next head_dim that they have.
         head_dim=next(
@@ -177,6 +191,7 @@ def workload_of(problem: Problem) -> Workload:
         ),
         element_bytes=problem.dtype.itemsize,
         key_mask=problem.has_key_mask,
+        global_queries=launch.global_queries,
     )
 
 
@@ -192,26 +207,6 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _boxes(problem: Problem, architecture: str) -> tuple[ctypes.Array[GridAxis], int]:
-    """Axes and boxes as the kernel takes them, and how many there are."""
-    cut = plan(workload_of(problem), architecture)
-    axes = [
-        GridAxis(
-            axis.length,
-            axis.window,
-            axis.stride,
-            axis.dilation,
-            axis.causal,
-            query.bit_length() - 1,
-            key.bit_length() - 1,
-        )
-        for axis, query, key in zip(
-            cut.workload.neighborhood.axes, cut.query_box, cut.key_box, strict=True
-        )
-    ]
-    return (GridAxis * 3)(*axes), len(axes)
-
-
 def _unreadable(name: str, problem: Problem, heads: int, strides: tuple[int, ...]) -> str | None:
     if strides[3] != 1 and problem.head_dim != 1:
         return "the last dimension is not contiguous"
@@ -219,7 +214,7 @@ def _unreadable(name: str, problem: Problem, heads: int, strides: tuple[int, ...
     if loaded is None:
         return None
     view = TensorView(None, *strides[:3])
-    reason = loaded.declines(problem.batch, heads, problem.neighborhood.tokens, byref(view))
+    reason = loaded.declines(problem.batch, heads, problem.pattern.key_tokens, byref(view))
     return reason.decode() if reason else None
 
 
@@ -244,17 +239,51 @@ def _stream(device: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _native_problem(problem: Problem, architecture: str) -> NativeProblem:
-    """All of the problem that does not change from call to call."""
-    axes, count = _boxes(problem, architecture)
+def _launches(
+    problem: Problem, architecture: str
+) -> tuple[tuple[Launch, NativeProblem], ...] | str:
+    """Each launch with all of it that does not change from call to call; or why there are none."""
+    launches = launches_of(problem.pattern)
+    if launches is None:
+        return NO_LAUNCHES
+    # Attention without any window may be a launch whose grid is all tokens, which no mask hides.
+    masked = problem.pattern.global_keys if problem.has_key_mask else 0
+    if launches[0].neighborhood.global_tokens < masked:
+        return NO_LAUNCHES
+    try:
+        return tuple(
+            (launch, _native_problem(problem, launch, architecture)) for launch in launches
+        )
+    except PlanError as error:
+        return str(error)
+
+
+def _native_problem(problem: Problem, launch: Launch, architecture: str) -> NativeProblem:
+    cut = plan(_workload(problem, launch), architecture)
+    axes = [
+        GridAxis(
+            axis.length,
+            axis.window,
+            axis.stride,
+            axis.dilation,
+            axis.causal,
+            query.bit_length() - 1,
+            key.bit_length() - 1,
+        )
+        for axis, query, key in zip(
+            cut.workload.neighborhood.axes, cut.query_box, cut.key_box, strict=True
+        )
+    ]
     return NativeProblem(
         _TYPES[problem.dtype],
         problem.batch,
         problem.heads,
         problem.kv_heads,
         problem.head_dim,
-        count,
-        axes,
-        problem.neighborhood.prefix,
-        problem.neighborhood.suffix,
+        len(axes),
+        (GridAxis * 3)(*axes),
+        launch.neighborhood.prefix,
+        launch.neighborhood.suffix,
+        launch.global_queries.start,
+        launch.global_queries.stop,
     )
