@@ -46,6 +46,28 @@ SELF_ATTENTIONS = {
     "ovis-image": [94] * 4,
     "bria": [94] * 4,
     "bria-fibo": [94] * 4,
+    "qwen-image-edit": [124] * 2,
+    "hunyuan-image": [14] + [100] * 4,
+    "lumina2": [14, 80, 89, 89],
+    "z-image": [96, 32, 128, 128],
+    "z-image-padded": [96, 32, 128, 128],
+    "hidream-image": [142] * 2,
+    "hidream-image-padded": [162] * 2,
+    "krea2": [3, 14, 94, 94],
+    "ideogram4": [94] * 2,
+    "prx": [],
+    "ernie-image": [94] * 2,
+    "sana": [],
+    "omnigen": [95] * 2,
+    "bria-fibo2": [80, 8, 88, 88],
+    "bria-fibo2-edit": [110, 8, 118, 118],
+    "nucleus-image": [],
+    "joy-image-edit": [174] * 2,
+    "joy-image-edit-plus": [124] * 2,
+    "dreamlite": [80] * 4,
+    "lumina-next": [80] * 2,
+    "transformer-2d": [80] * 2,
+    "qwen-image-21": [14] * 2,
     "hunyuan-video": [14] + [254] * 4,
     "wan": [240] * 2,
     "wan-i2v": [240] * 2,
@@ -67,6 +89,15 @@ SELF_ATTENTIONS = {
     "easy-animate": [254] * 2,
     "latte": [48, 5] * 2,
     "motif-video": [254, 254, 480],
+    "hunyuan-video15": [14, 267, 267],
+    "kandinsky6": [14, 14] + [240, 9] * 2,
+    "any-flow": [240] * 2,
+    "helios": [364] * 2,
+    "framepack": [14, 380, 380],
+    "minimax-h3": [14, 272, 272],
+    "sana-video": [],
+    "spatio-temporal": [80, 5],
+    "stable-audio": [81] * 2,
     "vit": [81] * 2,
     "deit": [82] * 2,
     "ijepa": [80] * 2,
@@ -100,7 +131,7 @@ SELF_ATTENTIONS = {
 }
 
 OTHER_GRIDS = {1: (90,), 2: (10, 12), 3: (4, 8, 10)}
-PADDED: set[str] = set()
+PADDED = {"hidream-image-padded"}
 """All images to the same number of tokens."""
 
 
@@ -166,7 +197,7 @@ def own_token(call: Call) -> Tensor | None:
     return torch.eye(call.query[-2], dtype=torch.bool) if call.is_self else None
 
 
-TEXT_ALONE: set[str] = set()
+TEXT_ALONE = {"qwen-image-21"}
 """Models whose only self-attention is that of the text; the image's queries see both."""
 
 
@@ -201,12 +232,13 @@ ELSEWHERE = {
     "ltx2": {1, 3},  # sound
     "ltx2-coordinates": {1, 3},
     "x-clip": {0, 2},  # made of class tokens
+    "kandinsky6": {3, 5},  # sound
 }
 OTHERS_FROM_THE_INPUT = {"motif-video": {2}}
 """Sites whose tokens off the grid come from the main input, too."""
-BLURRED = {"sd-unet", "segformer"}
+BLURRED = {"dreamlite", "sd-unet", "segformer"}
 """Convolutions mix what neighbors hold."""
-NEW_IMAGE_LAST: set[str] = set()
+NEW_IMAGE_LAST = {"joy-image-edit"}
 """In the input; the model puts it first."""
 
 

@@ -491,6 +491,289 @@ def _consis_id_inputs(grid: Grid, batch: int) -> Inputs:
     }
 
 
+GLYPHS, FRAME_TOKENS = 6, 7
+"""Tokens of a second text encoder, and of an encoder of the first frame."""
+
+
+def _hunyuan_video15(grid: Grid) -> nn.Module:
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    return HunyuanVideo15Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=TEXT_WIDTH,
+        text_embed_2_dim=24,
+        image_embed_dim=16,
+        rope_axes_dim=(4, 6, 6),
+    )
+
+
+def _hunyuan_video15_inputs(grid: Grid, batch: int) -> Inputs:
+    return {
+        "hidden_states": noise(batch, 4, *grid),
+        "timestep": steps(batch),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "encoder_attention_mask": text_mask(batch),
+        "encoder_hidden_states_2": noise(batch, GLYPHS, 24),
+        "encoder_attention_mask_2": torch.arange(GLYPHS).expand(batch, -1) < 4,
+        "image_embeds": noise(batch, FRAME_TOKENS, 16),
+        "return_dict": False,
+    }
+
+
+def _kandinsky6(grid: Grid) -> nn.Module:
+    from diffusers import Kandinsky6Transformer3DModel
+
+    return Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=TEXT_WIDTH,
+        in_text_dim2=24,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+        in_audio_dim=6,
+        out_audio_dim=6,
+    )
+
+
+def _kandinsky6_inputs(grid: Grid, batch: int) -> Inputs:
+    """Latents come with those of a first frame and a mask."""
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch, frames, 2 * height, 2 * width, 9),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "pooled_projections": noise(batch, 24),
+        "timestep": steps(batch),
+        "audio_hidden_states": noise(batch, AUDIO, 6),
+        "return_dict": False,
+    }
+
+
+def _any_flow(grid: Grid) -> nn.Module:
+    from diffusers import AnyFlowTransformer3DModel
+
+    return AnyFlowTransformer3DModel(**WAN)
+
+
+def _any_flow_inputs(grid: Grid, batch: int) -> Inputs:
+    """Each frame has two times, from which and to which it goes."""
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch, frames, 4, 2 * height, 2 * width),
+        "timestep": steps(batch)[:, None].expand(-1, frames),
+        "r_timestep": steps(batch)[:, None].expand(-1, frames) - 100,
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "return_dict": False,
+    }
+
+
+def _helios(grid: Grid) -> nn.Module:
+    from diffusers import HeliosTransformer3DModel
+
+    sizes = {key: value for key, value in WAN.items() if key != "rope_max_seq_len"}
+    return HeliosTransformer3DModel(**sizes, rope_dim=(8, 8, 8))
+
+
+def _history(grid: Grid, batch: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Latents and positions in time of 16, 2 and 2 earlier frames: the last with the first one."""
+    frames, height, width = grid
+    first, *indices, new = torch.arange(20 + frames).split([1, 16, 2, 1, frames])
+    long, middle, last = indices
+    short = torch.cat([first, last])
+    latents = [noise(batch, 4, len(part), 2 * height, 2 * width) for part in (long, middle, short)]
+    return latents, [long, middle, short, new]
+
+
+def _helios_inputs(grid: Grid, batch: int) -> Inputs:
+    """What is further back has larger patches."""
+    (long, middle, short), indices = _history(grid, batch)
+    at_long, at_middle, at_short, at_new = (part.expand(batch, -1) for part in indices)
+    return {
+        **_wan_inputs(grid, batch),
+        "indices_hidden_states": at_new,
+        "indices_latents_history_short": at_short,
+        "indices_latents_history_mid": at_middle,
+        "indices_latents_history_long": at_long,
+        "latents_history_short": short,
+        "latents_history_mid": middle,
+        "latents_history_long": long,
+    }
+
+
+def _framepack(grid: Grid) -> nn.Module:
+    from diffusers import HunyuanVideoFramepackTransformer3DModel
+
+    return HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=24,
+        rope_axes_dim=(4, 6, 6),
+        has_image_proj=True,
+        image_proj_dim=16,
+        has_clean_x_embedder=True,
+    )
+
+
+def _framepack_inputs(grid: Grid, batch: int) -> Inputs:
+    (long, middle, short), indices = _history(grid, batch)
+    at_long, at_middle, at_short, at_new = indices
+    return {
+        **_hunyuan_video_inputs(grid, batch),
+        "image_embeds": noise(batch, FRAME_TOKENS, 16),
+        "indices_latents": at_new,
+        "latents_clean": short,
+        "indices_latents_clean": at_short,
+        "latents_history_2x": middle,
+        "indices_latents_history_2x": at_middle,
+        "latents_history_4x": long,
+        "indices_latents_history_4x": at_long,
+    }
+
+
+def _minimax_h3(grid: Grid) -> nn.Module:
+    from diffusers import MiniMaxH3Transformer3DModel
+
+    return MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        hidden_size=48,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=64,
+        in_channels=4,
+        audio_in_channels=6,
+        text_dim=TEXT_WIDTH,
+        freq_dim=16,
+        time_embed_hidden_dim=32,
+        time_embed_dim=16,
+        rope_freq_dim=4,
+    )
+
+
+def _minimax_h3_inputs(grid: Grid, batch: int) -> Inputs:
+    """Patches by the place of each in one sequence: text, sound of two channels, video."""
+    frames, height, width = grid
+    lengths = torch.tensor([TEXT, 2 * AUDIO, frames * height * width])
+    text, sound, video = torch.arange(int(lengths.sum())).split(lengths.tolist())
+    spans = torch.tensor([1.0, 4.0, 4.0, 4.0, 4.0]).repeat(2)[: frames - 1] * 5 / 3
+    sides = torch.tensor([height, width]) / (height * width) ** 0.5
+    down, across = (
+        32 * ((1 - side) / 2 + side * torch.arange(length) / length)
+        for side, length in zip(sides, (height, width), strict=True)
+    )
+    time = TEXT + torch.cat([torch.zeros(1), spans.cumsum(0)])
+    ids = torch.zeros(len(text) + len(sound) + len(video), 3)
+    ids[text, 0] = text.float()
+    ids[sound, 0] = TEXT + torch.arange(AUDIO).repeat(2).float()
+    ids[sound, 2] = across[[0, -1]].repeat_interleave(AUDIO)
+    ids[video] = torch.cartesian_prod(time, down, across)
+    return {
+        "hidden_states": noise(batch, len(video), 16),
+        "audio_hidden_states": noise(batch, len(sound), 6),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "timestep": torch.tensor([500.0]),
+        "timestep_indices": torch.zeros(len(ids), dtype=torch.long),
+        "token_tags": torch.tensor([1, 2, 0]).repeat_interleave(lengths),
+        "position_ids": ids.double(),
+        "video_indices": video,
+        "audio_indices": sound,
+        "text_indices": text,
+        "return_dict": False,
+    }
+
+
+def _sana_video(grid: Grid) -> nn.Module:
+    from diffusers import SanaVideoTransformer3DModel
+
+    return SanaVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=24,
+        cross_attention_dim=48,
+        caption_channels=TEXT_WIDTH,
+        rope_max_seq_len=64,
+    )
+
+
+def _sana_video_inputs(grid: Grid, batch: int) -> Inputs:
+    mask = text_mask(batch, torch.float32)
+    return {**_wan_inputs(grid, batch), "encoder_attention_mask": mask}
+
+
+def _spatio_temporal(grid: Grid) -> nn.Module:
+    from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+
+    return TransformerSpatioTemporalModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=32, cross_attention_dim=16
+    )
+
+
+def _spatio_temporal_inputs(grid: Grid, batch: int) -> Inputs:
+    """As in the UNet of Stable Video Diffusion: the batch is all frames."""
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch * frames, 32, height, width),
+        "encoder_hidden_states": noise(batch * frames, 1, 16),
+        "image_only_indicator": torch.zeros(batch, frames),
+        "return_dict": False,
+    }
+
+
+def _stable_audio(grid: Grid) -> nn.Module:
+    from diffusers import StableAudioDiTModel
+
+    return StableAudioDiTModel(
+        in_channels=8,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_attention_heads=1,
+        out_channels=8,
+        cross_attention_dim=32,
+        time_proj_dim=16,
+        global_states_input_dim=24,
+        cross_attention_input_dim=TEXT_WIDTH,
+    )
+
+
+def _stable_audio_inputs(grid: Grid, batch: int) -> Inputs:
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    (length,) = grid
+    return {
+        "hidden_states": noise(batch, 8, length),
+        "timestep": steps(batch) / 1000,
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "global_hidden_states": noise(batch, 1, 24),
+        "rotary_embedding": get_1d_rotary_pos_embed(
+            8, length + 1, use_real=True, repeat_interleave_real=False
+        ),
+        "return_dict": False,
+    }
+
+
+HISTORY = "4x2x2 + 3x4 + 2x6x8"
+"""16 earlier frames, 2 and 2, in patches of 4x8x8, 2x4x4 and 1x2x2."""
+
 ALL = "5x6x8"
 
 RECIPES: dict[str, Recipe] = {
@@ -555,4 +838,42 @@ RECIPES: dict[str, Recipe] = {
         _motif_video_inputs,
         (f"{ALL} + {TEXT}",) * 2 + (f"{ALL} + 240",),
     ),
+    # The first refines the text alone. Image, glyphs, text and their padding come last.
+    "hunyuan-video15": Recipe(
+        "diffusers",
+        VIDEO,
+        _hunyuan_video15,
+        _hunyuan_video15_inputs,
+        ("", *(f"{ALL} + {FRAME_TOKENS + GLYPHS + TEXT}",) * 2),
+    ),
+    # Text once for the video and once for the sound; then video and sound by turns.
+    "kandinsky6": Recipe(
+        "diffusers", VIDEO, _kandinsky6, _kandinsky6_inputs, ("", "", *(ALL, str(AUDIO)) * 2)
+    ),
+    "any-flow": Recipe("diffusers", VIDEO, _any_flow, _any_flow_inputs, (ALL,) * 2),
+    "helios": Recipe("diffusers", VIDEO, _helios, _helios_inputs, (f"{HISTORY} + {ALL}",) * 2),
+    # The first refines the text alone. What is not padding of image and text comes last.
+    "framepack": Recipe(
+        "diffusers",
+        VIDEO,
+        _framepack,
+        _framepack_inputs,
+        ("", *(f"{HISTORY} + {ALL} + {FRAME_TOKENS + TEXT - HIDDEN_TEXT}",) * 2),
+    ),
+    # The first refines the text alone.
+    "minimax-h3": Recipe(
+        "diffusers",
+        VIDEO,
+        _minimax_h3,
+        _minimax_h3_inputs,
+        ("", *(f"{TEXT + 2 * AUDIO} + {ALL}",) * 2),
+    ),
+    # Its self-attention is linear: there is no matrix of weights to thin out.
+    "sana-video": Recipe("diffusers", VIDEO, _sana_video, _sana_video_inputs, ()),
+    # Frame by frame, then place by place.
+    "spatio-temporal": Recipe(
+        "diffusers", (5, 8, 10), _spatio_temporal, _spatio_temporal_inputs, ("8x10", "5")
+    ),
+    # Sound has one axis. A token for all of it comes first.
+    "stable-audio": Recipe("diffusers", (80,), _stable_audio, _stable_audio_inputs, ("", "")),
 }
