@@ -48,6 +48,7 @@ SELF_ATTENTIONS = {
     "bria-fibo": [94] * 4,
     "qwen-image-edit": [124] * 2,
     "hunyuan-image": [14] + [100] * 4,
+    "hunyuan-image-refiner": [14] + [94] * 4,
     "lumina2": [14, 80, 89, 89],
     "z-image": [96, 32, 128, 128],
     "z-image-padded": [96, 32, 128, 128],
@@ -98,6 +99,15 @@ SELF_ATTENTIONS = {
     "sana-video": [],
     "spatio-temporal": [80, 5],
     "stable-audio": [81] * 2,
+    "temporal": [5] * 2,
+    "cosmos3": [14] * 2,
+    "sana-wm-refiner": [240] * 2,
+    "sana-wm": [240] * 2,
+    "wan-animate2": [240] * 2,
+    "stable-audio3": [84] * 4,
+    "ace-step": [80] * 2,
+    "longcat-audio": [80] * 2,
+    "minimax-music3": [81] * 2,
     "vit": [81] * 2,
     "deit": [82] * 2,
     "ijepa": [80] * 2,
@@ -197,7 +207,7 @@ def own_token(call: Call) -> Tensor | None:
     return torch.eye(call.query[-2], dtype=torch.bool) if call.is_self else None
 
 
-TEXT_ALONE = {"qwen-image-21"}
+TEXT_ALONE = {"cosmos3", "qwen-image-21"}
 """Models whose only self-attention is that of the text; the image's queries see both."""
 
 
@@ -314,7 +324,8 @@ def sources_of(
     """
     grids = [segment for segment in segments if isinstance(segment, tuple)]
     rows = image.shape[1]
-    if rows == prod(grid) or (image.ndim > 3 and rows not in (sum(map(size, grids)),)):
+    packed = (image.ndim == 3 and len(grid) > 1) or rows == sum(map(size, grids))
+    if rows == prod(grid) or not packed:
         main = grid if len(grids) > 1 else grids[0]
         return [slice(None) if segment == main else None for segment in segments]
     whole = rows == sum(map(size, segments))
@@ -340,6 +351,8 @@ def check_raster_order(
     axes = []
     end = list(origin)
     for axis, length in enumerate(grid):
+        if length == 1:
+            continue
         there = place(before + prod(grid[axis + 1 :]))
         assert there is not None
         step = [b - a for a, b in zip(origin, there, strict=True)]
@@ -359,7 +372,10 @@ def cell(gradient: Tensor, grid: tuple[int, ...]) -> tuple[int, ...]:
         dims
         for dims in combinations(range(gradient.ndim), len(grid))
         if all(gradient.shape[dim] % length == 0 for dim, length in zip(dims, grid, strict=True))
-        and gradient.shape[dims[-1]] * grid[-2] == gradient.shape[dims[-2]] * grid[-1]
+        and (
+            len(grid) == 1
+            or gradient.shape[dims[-1]] * grid[-2] == gradient.shape[dims[-2]] * grid[-1]
+        )
     ]
     dims = fitting[-1]
     rest = tuple(dim for dim in range(gradient.ndim) if dim not in dims)

@@ -41,7 +41,10 @@ MODELS: dict[str, Recipe] = {
     **models_video.RECIPES,
     **models_vision.RECIPES,
 }
-NEWEST = ("flux3", "flux3-reference", "bria-fibo2", "bria-fibo2-edit", "kandinsky6")
+NEWEST = (
+    *("bria-fibo2", "bria-fibo2-edit", "flux3", "flux3-reference", "kandinsky6"),
+    *("sana-wm", "sana-wm-refiner"),
+)
 if sys.version_info < (3, 11):  # for which the last diffusers has none of these
     MODELS = {name: recipe for name, recipe in MODELS.items() if name not in NEWEST}
 

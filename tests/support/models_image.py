@@ -499,21 +499,24 @@ def _qwen_image_edit_inputs(grid: Grid, batch: int) -> Inputs:
     return {**inputs, "hidden_states": latents, "img_shapes": [[(1, *grid), (1, 6, 5)]] * batch}
 
 
+HUNYUAN_IMAGE = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": TEXT_WIDTH,
+}
+
+
 def _hunyuan_image(grid: Grid) -> nn.Module:
     from diffusers import HunyuanImageTransformer2DModel
 
     return HunyuanImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        mlp_ratio=2.0,
-        text_embed_dim=TEXT_WIDTH,
-        text_embed_2_dim=24,
-        rope_axes_dim=(8, 8),
+        **HUNYUAN_IMAGE, text_embed_2_dim=24, rope_axes_dim=(8, 8)
     )
 
 
@@ -529,6 +532,27 @@ def _hunyuan_image_inputs(grid: Grid, batch: int) -> Inputs:
         "encoder_attention_mask": text_mask(batch),
         "encoder_hidden_states_2": noise(batch, GLYPHS, 24),
         "encoder_attention_mask_2": torch.arange(GLYPHS).expand(batch, -1) < 4,
+        "return_dict": False,
+    }
+
+
+def _hunyuan_image_refiner(grid: Grid) -> nn.Module:
+    from diffusers import HunyuanImageTransformer2DModel
+
+    sizes = {**HUNYUAN_IMAGE, "in_channels": 8}
+    return HunyuanImageTransformer2DModel(
+        **sizes, patch_size=(1, 1, 1), rope_axes_dim=(4, 6, 6), guidance_embeds=True
+    )
+
+
+def _hunyuan_image_refiner_inputs(grid: Grid, batch: int) -> Inputs:
+    """A video of one frame, with the image that is refined, and one text encoder."""
+    return {
+        "hidden_states": noise(batch, 8, *grid),
+        "timestep": steps(batch),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "encoder_attention_mask": text_mask(batch),
+        "guidance": torch.full((batch,), 3500.0),
         "return_dict": False,
     }
 
@@ -1073,6 +1097,13 @@ RECIPES: dict[str, Recipe] = {
         _hunyuan_image,
         _hunyuan_image_inputs,
         ("", *(f"8x10 + {GLYPHS + TEXT}",) * 4),
+    ),
+    "hunyuan-image-refiner": Recipe(
+        "diffusers",
+        (1, 8, 10),
+        _hunyuan_image_refiner,
+        _hunyuan_image_refiner_inputs,
+        ("", *(f"1x8x10 + {TEXT}",) * 4),
     ),
     # Text alone, then the image alone, then text without its padding and the image.
     "lumina2": Recipe(

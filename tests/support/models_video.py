@@ -771,6 +771,270 @@ def _stable_audio_inputs(grid: Grid, batch: int) -> Inputs:
     }
 
 
+def _temporal(grid: Grid) -> nn.Module:
+    from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+
+    return TransformerTemporalModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=32, norm_num_groups=8
+    )
+
+
+def _temporal_inputs(grid: Grid, batch: int) -> Inputs:
+    """As in the UNets of text to video: the batch is all frames, then all places."""
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(batch * frames, 32, height, width),
+        "num_frames": frames,
+        "return_dict": False,
+    }
+
+
+def _cosmos3(grid: Grid) -> nn.Module:
+    from diffusers import Cosmos3OmniTransformer
+
+    return Cosmos3OmniTransformer(
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=64,
+        latent_channel=4,
+        patch_latent_dim=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        vocab_size=64,
+        rope_axes_dim=(4, 2, 2),
+    )
+
+
+def _cosmos3_inputs(grid: Grid, batch: int) -> Inputs:
+    """One sample, as it packs text and video to one sequence without a batch."""
+    frames, height, width = grid
+    tokens = frames * height * width
+    at_video = torch.arange(TEXT, TEXT + tokens)
+    time, down, across = (torch.arange(length).float() for length in grid)
+    video = torch.cartesian_prod(time + TEXT + 15000, down, across)
+    text = torch.arange(TEXT).float()[:, None].expand(-1, 3)
+    return {
+        "input_ids": torch.randint(64, (TEXT,)),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": torch.cat([text, video]).t().contiguous(),
+        "und_len": TEXT,
+        "sequence_length": TEXT + tokens,
+        "vision_tokens": [noise(1, 4, frames, 2 * height, 2 * width)],
+        "vision_token_shapes": [grid],
+        "vision_sequence_indexes": at_video,
+        "vision_mse_loss_indexes": at_video,
+        "vision_timesteps": torch.full((tokens,), 500.0),
+        "vision_noisy_frame_indexes": [torch.arange(frames)],
+        "return_dict": False,
+    }
+
+
+def _sana_wm_refiner(grid: Grid) -> nn.Module:
+    from diffusers import SanaWMLTX2RefinerTransformer3DModel
+
+    return SanaWMLTX2RefinerTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        cross_attention_dim=48,
+        audio_in_channels=6,
+        audio_out_channels=6,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=16,
+        audio_cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=TEXT_WIDTH,
+        rope_type="split",
+    )
+
+
+def _sana_wm_refiner_inputs(grid: Grid, batch: int) -> Inputs:
+    frames, height, width = grid
+    model: Any = _sana_wm_refiner(grid)
+    return {
+        "hidden_states": noise(batch, frames * height * width, 8),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "timestep": steps(batch)[:, None].expand(-1, frames * height * width),
+        "video_rotary_emb": model.build_rotary_emb_for_absolute_positions(
+            batch, list(range(frames)), height, width, torch.device("cpu"), 24.0
+        ),
+        "encoder_attention_mask": text_mask(batch),
+        "return_dict": False,
+    }
+
+
+def _sana_wm(grid: Grid) -> nn.Module:
+    from diffusers import SanaWMTransformer3DModel
+
+    return SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=2,
+        softmax_every_n=1,  # as every fourth layer is; the attention of the others is linear
+        linear_head_dim=32,
+        chunk_plucker_channels=6,
+        caption_channels=TEXT_WIDTH,
+    )
+
+
+def _sana_wm_inputs(grid: Grid, batch: int) -> Inputs:
+    """With the path of a camera: its pose and its lens for each frame."""
+    frames, height, width = grid
+    pose = torch.eye(4).repeat(batch, frames, 1, 1)
+    pose[..., 2, 3] = torch.arange(frames) / 10
+    lens = torch.tensor([width, width, width / 2, height / 2]).float().expand(batch, frames, -1)
+    return {
+        "hidden_states": noise(batch, 4, *grid),
+        "timestep": steps(batch)[:, None, None].expand(-1, 1, frames),
+        "encoder_hidden_states": noise(batch, 1, TEXT, TEXT_WIDTH),
+        "encoder_attention_mask": text_mask(batch),
+        "camera_conditions": torch.cat([pose.flatten(2), lens], dim=2),
+        "chunk_plucker": noise(batch, 6, *grid),
+        "return_dict": False,
+    }
+
+
+def _wan_animate2(grid: Grid) -> nn.Module:
+    from diffusers import WanAnimate2Transformer3DModel
+
+    return WanAnimate2Transformer3DModel(
+        text_len=TEXT,
+        in_dim=12,
+        dim=48,
+        ffn_dim=64,
+        freq_dim=32,
+        text_dim=TEXT_WIDTH,
+        out_dim=4,
+        num_heads=2,
+        num_layers=2,
+    )
+
+
+def _wan_animate2_inputs(grid: Grid, batch: int) -> Inputs:
+    """The pass that keeps the keys of the driving video for those that draw the new one."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    frames, height, width = grid
+    latents = (frames, 2 * height, 2 * width)
+    return {
+        "hidden_states": [noise(4, *latents) for _ in range(batch)],
+        "timestep": steps(batch),
+        "encoder_hidden_states": [noise(TEXT - 2, TEXT_WIDTH) for _ in range(batch)],
+        "encoder_hidden_states_image": noise(batch, 7, 1280),
+        "condition_latents": [noise(8, *latents) for _ in range(batch)],
+        "kv_cache": WanAnimate2KVCache(2),
+        "kv_cache_mode": "extract",
+        "seq_len": frames * height * width,
+        "offset_grid_sizes": torch.tensor([grid]),
+        "return_dict": False,
+    }
+
+
+def _stable_audio3(grid: Grid) -> nn.Module:
+    from diffusers import StableAudio3DiTModel
+
+    return StableAudio3DiTModel(
+        io_channels=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        cond_token_dim=TEXT_WIDTH,
+        global_cond_dim=24,
+        local_add_cond_dim=5,
+        timestep_features_dim=16,
+        num_memory_tokens=4,
+    )
+
+
+def _stable_audio3_inputs(grid: Grid, batch: int) -> Inputs:
+    return {
+        "hidden_states": noise(batch, 8, *grid),
+        "timestep": steps(batch) / 1000,
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "global_hidden_states": noise(batch, 24),
+        "encoder_attention_mask": text_mask(batch),
+        "local_add_cond": noise(batch, 5, *grid),
+        "return_dict": False,
+    }
+
+
+def _ace_step(grid: Grid) -> nn.Module:
+    from diffusers import AceStepTransformer1DModel
+
+    return AceStepTransformer1DModel(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        in_channels=24,
+        audio_acoustic_hidden_dim=8,
+        sliding_window=20,
+        encoder_hidden_size=TEXT_WIDTH,
+    )
+
+
+def _ace_step_inputs(grid: Grid, batch: int) -> Inputs:
+    """Sound of two latents a token, with its context."""
+    (length,) = grid
+    return {
+        "hidden_states": noise(batch, 2 * length, 8),
+        "timestep": steps(batch) / 1000,
+        "timestep_r": steps(batch) / 1000,
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "context_latents": noise(batch, 2 * length, 16),
+        "return_dict": False,
+    }
+
+
+def _longcat_audio(grid: Grid) -> nn.Module:
+    from diffusers import LongCatAudioDiTTransformer
+
+    return LongCatAudioDiTTransformer(
+        dit_dim=32, dit_depth=2, dit_heads=2, dit_text_dim=TEXT_WIDTH, latent_dim=8, ff_mult=2.0
+    )
+
+
+def _longcat_audio_inputs(grid: Grid, batch: int) -> Inputs:
+    return {
+        "hidden_states": noise(batch, *grid, 8),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH),
+        "encoder_attention_mask": text_mask(batch),
+        "timestep": steps(batch) / 1000,
+        "attention_mask": torch.ones(batch, *grid, dtype=torch.bool),
+        "latent_cond": noise(batch, *grid, 8),
+        "return_dict": False,
+    }
+
+
+def _minimax_music3(grid: Grid) -> nn.Module:
+    from diffusers import MiniMaxMusic3Transformer1DModel
+
+    return MiniMaxMusic3Transformer1DModel(
+        in_channels=8,
+        condition_dim=TEXT_WIDTH,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        ff_inner_dim=64,
+        rotary_dim=8,
+        fourier_embedding_dim=16,
+    )
+
+
+def _minimax_music3_inputs(grid: Grid, batch: int) -> Inputs:
+    return {
+        "hidden_states": noise(batch, 8, *grid),
+        "timestep": steps(batch) / 1000,
+        "encoder_hidden_states": noise(batch, *grid, TEXT_WIDTH),
+        "return_dict": False,
+    }
+
+
 HISTORY = "4x2x2 + 3x4 + 2x6x8"
 """16 earlier frames, 2 and 2, in patches of 4x8x8, 2x4x4 and 1x2x2."""
 
@@ -876,4 +1140,24 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Sound has one axis. A token for all of it comes first.
     "stable-audio": Recipe("diffusers", (80,), _stable_audio, _stable_audio_inputs, ("", "")),
+    # Place by place, twice in a block.
+    "temporal": Recipe("diffusers", (5, 8, 10), _temporal, _temporal_inputs, ("5", "5")),
+    # Text alone, causal; the video's queries see text and video.
+    "cosmos3": Recipe("diffusers", VIDEO, _cosmos3, _cosmos3_inputs, ("", "")),
+    "sana-wm-refiner": Recipe(
+        "diffusers", VIDEO, _sana_wm_refiner, _sana_wm_refiner_inputs, (ALL,) * 2
+    ),
+    # The video's, and the same turned by the rays of the camera.
+    "sana-wm": Recipe("diffusers", VIDEO, _sana_wm, _sana_wm_inputs, (ALL,) * 2),
+    "wan-animate2": Recipe("diffusers", VIDEO, _wan_animate2, _wan_animate2_inputs, (ALL,) * 2),
+    "stable-audio3": Recipe("diffusers", (80,), _stable_audio3, _stable_audio3_inputs, ("",) * 4),
+    # The first has a window of its own.
+    "ace-step": Recipe("diffusers", (80,), _ace_step, _ace_step_inputs, ("80", "80")),
+    "longcat-audio": Recipe(
+        "diffusers", (80,), _longcat_audio, _longcat_audio_inputs, ("80", "80")
+    ),
+    # A token for the time comes first.
+    "minimax-music3": Recipe(
+        "diffusers", (80,), _minimax_music3, _minimax_music3_inputs, ("",) * 2
+    ),
 }
