@@ -41,8 +41,12 @@ MODELS: dict[str, Recipe] = {
     **models_video.RECIPES,
     **models_vision.RECIPES,
 }
-if sys.version_info < (3, 11):  # for which the last diffusers has no FLUX.3
-    del MODELS["flux3"], MODELS["flux3-reference"]
+NEWEST = (
+    *("bria-fibo2", "bria-fibo2-edit", "flux3", "flux3-reference", "kandinsky6"),
+    *("sana-wm", "sana-wm-refiner"),
+)
+if sys.version_info < (3, 11):  # for which the last diffusers has none of these
+    MODELS = {name: recipe for name, recipe in MODELS.items() if name not in NEWEST}
 
 TRUE_LAYOUTS = {name: recipe.layouts for name, recipe in MODELS.items()}
 """How the tokens of every self-attention of a model lie, in the order in which they run.
