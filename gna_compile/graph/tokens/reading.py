@@ -57,7 +57,7 @@ class Reading:
 
 def read(query: Tokens, key: Tokens, value: Tokens) -> Reading:
     """Reads the operands [.., heads, tokens, head_dim] of an attention."""
-    if any(0 in tokens.shape for tokens in (query, key, value)):
+    if any(size < 1 for tokens in (query, key, value) for size in tokens.shape):
         return Reading("unknown")
     # A dimension of heads may as well hold frames or windows: then it is part of the batch.
     are_rows = any(map(heads_are_rows, (query, key, value)))
