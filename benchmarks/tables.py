@@ -77,6 +77,28 @@ def models() -> str:
     return _table(rows)
 
 
+def patterns() -> str:
+    """Several grids, and heads that differ, per GPU."""
+    parts = []
+    for _, data in _of_gpus("patterns"):
+        heads = (
+            "case, sequence, ran on, FLOP bound, cuDNN dense ms, ours ms, speedup, of the bound, "
+            "groups alone over together"
+        )
+        rows = [heads.split(", ")]
+        for row in data["results"]:
+            providers = ", ".join(dict.fromkeys(row["provider"].split(", ")))
+            alone = row["of_groups"]
+            rows.append(
+                [row["case"], row["pattern"], providers, f"{row['bound']:.2f}×"]
+                + [f"{row['ms'][name]:.1f}" for name in ("cudnn", "ours")]
+                + [f"**{row['speedup']:.2f}×**", f"{row['of_bound']:.0%}"]
+                + ["–" if alone is None else f"{alone:.3f}"]
+            )
+        parts.append(f"{_about(data)}\n\n{_table(rows)}")
+    return "\n\n".join(parts)
+
+
 def kernels() -> str:
     """For each GPU the Hopper kernel beside its baselines, then the plots."""
     head = ["case", "FLOP bound", "cuDNN dense, ms", "ours, ms", "FlashAttention-2, dense"]
@@ -231,7 +253,16 @@ def overhead() -> str:
 PAGES = {
     "README.md": (results,),
     "docs/decisions.md": (models,),
-    "docs/benchmarks.md": (transformers, loops, resolutions, kernels, training, cpu, overhead),
+    "docs/benchmarks.md": (
+        transformers,
+        loops,
+        resolutions,
+        kernels,
+        patterns,
+        training,
+        cpu,
+        overhead,
+    ),
 }
 """The pages with tables, and their tables in order."""
 

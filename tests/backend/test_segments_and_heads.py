@@ -206,6 +206,103 @@ def test_rules_that_cannot_share_a_layer() -> None:
     assert row.reason == Reason.RULE_DENSE.value
 
 
+def test_heads_without_a_rule_stay_dense_or_the_layer_does() -> None:
+    """Nothing but a window may be taken from them."""
+    given = inputs(images(*TWO))
+    window: dict[str, Any] = {"heads": "0-2", "window": list(WINDOW), "stride": list(STRIDE)}
+    for rest in ([], [{"dense": True}]):
+        rules = policy({**window, "between_grids": "none"}, *rest)
+        assert rows(Joint(), given, rules).reason == Reason.HEADS.value
+        model, rules = Joint(), policy({**window, "between_grids": "aligned"}, *rest)
+        see = mask(TWO, [WINDOW, WINDOW], "aligned")
+        dense = torch.ones_like(see)
+        actual = compiled(model, rules)(*given)
+        torch.testing.assert_close(actual, expected(model, given, [see] * 3 + [dense] * 3))
+
+
+def test_a_full_window_may_still_part_grids() -> None:
+    model, given = Joint(), inputs(images(*TWO))
+    rules = policy({"window": "full", "between_grids": "none"})
+    see = mask(TWO, [None, None], "none")
+    torch.testing.assert_close(
+        compiled(model, rules)(*given), expected(model, given, [see] * HEADS)
+    )
+
+
+class FoldedHeads(nn.Module):
+    """Attention whose heads are not all in dimension 1."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.patch, self.qkv = nn.Conv2d(3, WIDTH, 1), nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch(image).flatten(2).mT
+        q, k, v = (t.unflatten(2, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        shape = q.shape
+        if self.how == "batch":
+            q, k, v = (t.flatten(0, 1)[:, None] for t in (q, k, v))
+        elif self.how == "three":
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        elif self.how == "half":
+            q, k, v = (t.unflatten(1, (2, -1)).flatten(0, 1) for t in (q, k, v))
+        elif self.how == "rows first":
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).reshape(shape)
+
+
+@pytest.mark.parametrize("how", ["batch", "three", "half", "rows first"])
+def test_rules_of_heads_want_heads(how: str) -> None:
+    image = torch.randn(2, 3, 6, 8)
+    row = rows(FoldedHeads(how), (image,), policy({"heads": 0, "window": 3}))
+    assert (row.decision, row.reason) == ("dense", Reason.HEADS.value), row
+    assert rows(FoldedHeads(how), (image,), policy({"window": 3})).decision == "gna"
+    assert rows(FoldedHeads(""), (image,), policy({"heads": 0, "window": 3})).decision == "gna"
+
+
+class TwoTables(Joint):
+    """Text has places, too; `img_ids` are the image's."""
+
+    def forward(self, text: Tensor, x: Tensor, img_ids: Tensor, txt_ids: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(text + self.place(txt_ids), x, img_ids)
+
+
+def test_ids_of_text_that_place_it_later_are_noticed() -> None:
+    model, rules = TwoTables(), policy({"window": list(WINDOW), "stride": list(STRIDE)})
+    run = compiled(model, rules)
+    text, x = torch.randn(1, 12, WIDTH), torch.randn(1, 48, WIDTH)
+    ids = images((6, 8))
+    plain = torch.compile(model, backend="eager")
+    for txt_ids, is_rewritten in ((torch.zeros(12, 3), True), (flux_ids((3, 4)), False)):
+        given = text, x, ids, txt_ids
+        same = torch.allclose(run(*given), plain(*given), atol=1e-5)
+        assert same is not is_rewritten
+
+
+class Guided(nn.Module):
+    """Rows of the batch are two inputs with ids of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint = Joint()
+
+    def forward(self, one: Tensor, two: Tensor, img_ids: Tensor, cond_ids: Tensor) -> Tensor:
+        places = torch.stack([img_ids, cond_ids])
+        x = torch.cat([one, two]) + self.joint.place(places)
+        return self.joint(x[:, :0], x, torch.zeros(len(img_ids), 3))
+
+
+def test_ids_of_every_row_of_the_batch_are_checked() -> None:
+    model, rules = Guided(), policy({"window": list(WINDOW), "stride": list(STRIDE)})
+    one, two = torch.randn(2, 1, 48, WIDTH)
+    same, other = flux_ids((6, 8)), flux_ids((4, 12))
+    run, plain = compiled(model, rules), torch.compile(model, backend="eager")
+    for ids in ((same, same), (same, other), (other, same)):
+        dense = torch.allclose(run(one, two, *ids), plain(one, two, *ids), atol=1e-5)
+        assert dense or ids == (same, same)
+
+
 def test_rules_for_all_heads_alike_are_one_launch() -> None:
     rules = policy({"heads": "0-2", "window": 3}, {"heads": "3-5", "window": 3})
     assert rows(Joint(), inputs(images((6, 8))), rules).window == "3x3"

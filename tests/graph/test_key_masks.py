@@ -86,6 +86,22 @@ def written(m: Tensor) -> Tensor:
 OTHER["written"] = written
 
 
+def written_pairs(m: Tensor) -> Tensor:
+    both = torch.cat([m, ones(m)], 1)
+    mask = both[:, None, None, :] & both[:, None, :, None]
+    mask[..., TEXT + 3] = False
+    return mask
+
+
+OTHER["written pairs"] = written_pairs
+OTHER["seen as numbers"] = lambda m: (torch.cat([m, ~ones(m)], 1).view(torch.uint8) == 0)[
+    :, None, None
+]
+OTHER["tiny"] = lambda m: (torch.cat([m.float(), ones(m, torch.float) * 0], 1) < 1e-60)[
+    :, None, None
+]
+
+
 def shared(mask: Mask) -> Mask:
     """Pairs are made of one tensor, as models make them."""
 

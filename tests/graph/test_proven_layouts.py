@@ -191,7 +191,6 @@ TENSORS = {
         (permuted_with_residual, [image()]),
         (shifted_mixture, [image()]),
         (stacked_images, [image()]),
-        (two_inputs_stacked, [image(), image()]),
         (set_by_index, [image()]),
         (copied_by_index, [image()]),
         (scattered, [image()]),
@@ -216,8 +215,12 @@ def test_two_images_of_one_size_are_no_video() -> None:
     target, reference = flux_ids((6, 10)), flux_ids((6, 10))
     reference[:, 0] = 1
     (row,) = explained(Packed(two_views), torch.randn(1, 120, C), torch.cat([target, reference]))
-    assert row.reason == "layout-unknown"
-    assert "6×10 and 6×10" in row.detail
+    assert row.layout == "6x10 + 6x10"
+
+
+def test_images_of_two_inputs_are_no_video() -> None:
+    (row,) = explained(Model(two_inputs_stacked, **TENSORS), image(), image())
+    assert row.layout == f"{H}x{W} + {H}x{W}"
 
 
 # What is on its grid all the same
