@@ -352,7 +352,8 @@ def _run(
         _several_lattices(orders)
         or _added_elsewhere(best, added)
         or _reordered(own, extra)
-        or _summed_away(best, own, v)
+        or _summed_away(best, own, v, start, stop)
+        or (_several_origins(own, start, stop, present) if run.grid is not None else "")
     )
     if run.grid is not None and len(run.grid) > MAX_AXES:
         doubt = doubt or f"the tokens lie on {len(run.grid)} axes, {times(run.grid)}"
@@ -384,6 +385,20 @@ def _run(
                 return (replace(run, grid=None, axes=(), doubt=doubt),), None
         at += piece.size
     return runs, best.source
+
+
+def _several_origins(
+    own: Sequence[Lines], start: int, stop: int, present: dict[Source, npt.NDArray[np.int8]]
+) -> str:
+    """What is wrong if a sequence is behind some cells of a grid only: text that was convolved along."""
+    for lines in own:
+        there = present[lines.source][start:stop] > 0
+        if is_lattice(lines) or there.all() or not there.any():
+            continue
+        here = (p[:, start:stop][:, there] for axis in lines.axes for p in axis if p.shape[1] > 1)
+        if any(bool((part != part[:, :1]).any()) for part in here):
+            return f"only some of the tokens come from `{lines.source.name}`"
+    return ""
 
 
 def _is_cut(
@@ -418,7 +433,7 @@ def _added_elsewhere(order: Order, added: Sequence[tuple[Order, int]]) -> str:
     return ""
 
 
-def _summed_away(order: Order, own: Sequence[Lines], v: Rows) -> str:
+def _summed_away(order: Order, own: Sequence[Lines], v: Rows, start: int, stop: int) -> str:
     """What is wrong if the order may be that of positions, and the tokens were summed over.
 
     They may be mixtures (a product along them, with weights or with what was made of themselves)
@@ -429,8 +444,13 @@ def _summed_away(order: Order, own: Sequence[Lines], v: Rows) -> str:
     )
     is_input = order.source.kind == "input"
     for source, lines in v.items():
-        if source.kind not in ("input", "stem") or source is order.source or lines.varies():
+        if source.kind not in ("input", "stem") or source is order.source:
             continue
+        here = [p[:, start:stop] for axis in lines.axes for p in axis if p.shape[1] > 1]
+        if any(bool((p != p[:, :1]).any()) for p in here):
+            continue  # it tells the tokens apart
+        if here and all(bool((p == NONE).all()) for p in here):
+            continue  # of other tokens
         is_mixed = source.is_mixed or bool(source.all_roots & weighed)
         if is_mixed or (is_input and (source.is_image or len(source.spatial) > 1)):
             return f"the tokens may be mixtures of those of `{source.name}`"
