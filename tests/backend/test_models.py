@@ -389,7 +389,7 @@ def _largest(values: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.unravel_index(values.argmax(), values.shape))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", list(MODELS)[::4])  # all are drawn by the same function
 def test_seeds_decide_the_values(name: str) -> None:
     first, again, other = build(name).run(), build(name).run(), build(name, seed=1).run()
     torch.testing.assert_close(first, again, rtol=0, atol=0)

@@ -19,7 +19,6 @@ from gna_compile.graph.tokens.beside import (
     MAX_AXES,
     NO_IMAGE,
     fits,
-    grid_of_tables,
     is_partly_placed,
     on_a_plane,
     read_ids,
@@ -27,7 +26,7 @@ from gna_compile.graph.tokens.beside import (
 )
 from gna_compile.graph.tokens.cells import NONE, Source, Tokens
 from gna_compile.graph.tokens.order import Order, order_of
-from gna_compile.graph.tokens.position_ids import ReadIds, images_in, pieces_together
+from gna_compile.graph.tokens.position_ids import images_in
 from gna_compile.graph.tokens.rows import (
     Lines,
     Relation,
@@ -41,6 +40,7 @@ from gna_compile.graph.tokens.rows import (
     rows_of,
 )
 from gna_compile.graph.tokens.run import Run, times
+from gna_compile.graph.tokens.side_by_side import grids_apart
 
 __all__ = ["Reading", "Relation", "Run", "read", "times"]
 
@@ -177,71 +177,6 @@ def _runs_of(q: Rows, v: Rows) -> Iterator[Run]:
     yield from _doubted(runs, cuts, own, present, q, turning)
 
 
-def _with_joined_ids(
-    runs: Sequence[tuple[Run, Source | None]], q: Rows
-) -> list[tuple[Run, Source | None]]:
-    """The runs, where ids that place tokens on images do so together, too, and not only one by one.
-
-    One image may lie in several runs: of tokens of different origins, or with text in between.
-    """
-    values = {source.node: source.values for source in q if source.values is not None}
-    reads = list(
-        dict.fromkeys(run.read for run, _ in runs if run.read and images_in(run.read.pieces))
-    )
-    if len(reads) < 2:
-        return list(runs)
-    tables = tuple(table for read in reads for table in read.tables)
-    both = ReadIds(tables, tuple(piece for read in reads for piece in read.pieces))
-    shown = pieces_together([(values[node], rows) for node, rows in tables])
-    agree = images_in(shown) == images_in(both.pieces)
-    both = replace(both, pieces=shown)
-    found = []
-    for run, main in runs:
-        if run.read in reads and agree:
-            run = replace(run, read=both)
-        elif run.read in reads:
-            doubt = run.doubt or "one image may lie in tokens of several origins"
-            run = replace(run, grid=None, read=None, doubt=doubt)
-        found.append((run, main))
-    return found
-
-
-def _one_lattice_once(
-    runs: Sequence[tuple[Run, Source | None]], cuts: Sequence[int], turning: Rows
-) -> list[tuple[Run, Source | None]]:
-    """The runs, in doubt where two grids may be parts of one.
-
-    They may if they are of one lattice, unless each is a whole slice of it (the frames of a video
-    with special tokens between them), or if one table places both on one raster.
-    """
-    found = list(runs)
-    beside = [*turning.values()]
-    for i, (before, main) in enumerate(runs):
-        for j, (after, other) in enumerate(runs[i + 1 :], i + 1):
-            if not (before.grid and after.grid and main and other) or before.read or after.read:
-                continue
-            doubt = ""
-            if main.whole is other.whole and (j == i + 1 or not _are_slices(main, before, after)):
-                doubt = f"cells of `{main.name}` are two grids"
-            elif j == i + 1 and grid_of_tables(beside, cuts[i], cuts[j + 1]) is not None:
-                doubt = "a table of positions places both grids on one"
-            if doubt:
-                for place in (i, j):
-                    run, source = found[place]
-                    found[place] = replace(run, grid=None, doubt=run.doubt or doubt), source
-    return found
-
-
-def _are_slices(source: Source, *runs: Run) -> bool:
-    """Whether each run has the whole of the source's last axes of space, as a frame of a video has."""
-    space = sorted(source.spatial - {source.channels})
-    return all(
-        len(space) > len(run.axes)
-        and run.axes == tuple(source.extents[axis] for axis in space[-len(run.axes) :])
-        for run in runs
-    )
-
-
 def _doubted(
     runs: Sequence[tuple[Run, Source | None]],
     cuts: Sequence[int],
@@ -256,7 +191,7 @@ def _doubted(
     is beside the other grids, too: then none is left.
     """
     why = "tokens beside the grid are cells of a lattice, too"
-    side_by_side = _one_lattice_once(_with_joined_ids(runs, q), cuts, turning)
+    side_by_side = grids_apart(runs, cuts, q, turning)
     found = [run for run, _ in side_by_side]
     for i, (run, main) in enumerate(side_by_side):
         for j, (other, _) in enumerate(side_by_side):
@@ -373,18 +308,29 @@ def _run(
         runs = (_unless_ids_differ(run, start, stop, everything),)
     else:
         runs = (run,)
-    at = start
-    for piece in runs:
-        if piece.read is not None and piece.grid and _is_cut(own, at, at + piece.size, present):
-            doubt = "position ids place tokens of several origins on one image"
-            return (replace(run, grid=None, axes=(), doubt=doubt),), None
-        for lines in (*beside, *extra):
-            lattice = piece.grid or piece.axes
-            if lines.source.kind != "table" and not fits(lines, lattice, at, at + piece.size):
-                doubt = f"`{lines.source.name}` does not lie in the order of the tokens"
-                return (replace(run, grid=None, axes=(), doubt=doubt),), None
-        at += piece.size
+    doubt = _at_odds(runs, start, own, [*beside, *extra], present)
+    if doubt:
+        return (replace(run, grid=None, axes=(), doubt=doubt),), None
     return runs, best.source
+
+
+def _at_odds(
+    runs: Sequence[Run],
+    start: int,
+    own: Sequence[Lines],
+    others: Sequence[Lines],
+    present: dict[Source, npt.NDArray[np.int8]],
+) -> str:
+    """What is wrong if sources of the tokens do not lie as the runs that were found from `start` on."""
+    for run in runs:
+        stop = start + run.size
+        if run.read is not None and run.grid and _is_cut(own, start, stop, present):
+            return "position ids place tokens of several origins on one image"
+        for lines in others:
+            if lines.source.kind != "table" and not fits(lines, run.grid or run.axes, start, stop):
+                return f"`{lines.source.name}` does not lie in the order of the tokens"
+        start = stop
+    return ""
 
 
 def _several_origins(
