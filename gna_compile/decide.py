@@ -100,7 +100,7 @@ def _decide(
         grid = layout.grid if isinstance(layout, Layout) else None
         facts_of_layer = LayerFacts(name, classes, site.tokens, grid)
         chosen = policy.rules_of_heads(facts_of_layer, site.heads, phase)
-        if any(rule is not None and rule.heads for _, rule in chosen):
+        if policy.names_heads(facts_of_layer, phase):
             _check_heads(site, flow)
         rules = [rule for _, rule in chosen if rule is not None]
         if not rules:

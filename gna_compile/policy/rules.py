@@ -304,11 +304,7 @@ class Policy:
         Raises:
             ValueError: if the policy has no such phase.
         """
-        rules: list[Rule] = []
-        for rule in self._matching(layer, phase):
-            rules.append(rule)
-            if not rule.heads:
-                break
+        rules = self._up_to_all_heads(layer, phase)
         if not any(rule.heads for rule in rules):
             return ((heads, rules[0] if rules else None),)
         groups: list[tuple[int, Rule | None]] = []
@@ -319,6 +315,19 @@ class Policy:
             else:
                 groups.append((1, own))
         return tuple(groups)
+
+    def names_heads(self, layer: LayerFacts, phase: str = DEFAULT_PHASE) -> bool:
+        """Whether a rule that a layer can fall under is for some of its heads."""
+        return any(rule.heads for rule in self._up_to_all_heads(layer, phase))
+
+    def _up_to_all_heads(self, layer: LayerFacts, phase: str) -> list[Rule]:
+        """The rules that match, up to the first one for all heads."""
+        rules: list[Rule] = []
+        for rule in self._matching(layer, phase):
+            rules.append(rule)
+            if not rule.heads:
+                break
+        return rules
 
     def _matching(
         self, layer: LayerFacts, phase: str, candidates: Sequence[int] | None = None

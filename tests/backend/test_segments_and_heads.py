@@ -257,6 +257,9 @@ def test_rules_of_heads_want_heads(how: str) -> None:
     image = torch.randn(2, 3, 6, 8)
     row = rows(FoldedHeads(how), (image,), policy({"heads": 0, "window": 3}))
     assert (row.decision, row.reason) == ("dense", Reason.HEADS.value), row
+    # Nor may a head that cannot be told apart get the rule of the others.
+    row = rows(FoldedHeads(how), (image,), policy({"heads": 5, "dense": True}, {"window": 3}))
+    assert row.reason == Reason.HEADS.value
     assert rows(FoldedHeads(how), (image,), policy({"window": 3})).decision == "gna"
     assert rows(FoldedHeads(""), (image,), policy({"heads": 0, "window": 3})).decision == "gna"
 
